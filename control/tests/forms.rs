@@ -9,7 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use sm_control::config::{
-    ConfigView, LaunchConfig, RecordConfigV1, RecordFormError, SnapshotConfigV1, VmConfig,
+    ConfigView, LaunchConfig, RecordConfigV1, RecordFormError, StoredConfigV1, VmConfig,
 };
 use sm_control::id::VmId;
 use sm_control::publish::Publication;
@@ -128,9 +128,9 @@ fn records_of_later_versions_are_refused_by_number() {
 
 #[test]
 fn sections_of_snapshots_are_written_and_read() {
-    let section = SnapshotConfigV1::from(config());
+    let section = StoredConfigV1::from(config());
     assert_eq!(serde_json::to_value(&section).unwrap(), form());
-    let read = |form| VmConfig::from(serde_json::from_value::<SnapshotConfigV1>(form).unwrap());
+    let read = |form| VmConfig::from(serde_json::from_value::<StoredConfigV1>(form).unwrap());
     assert_eq!(read(form()), config());
     assert_eq!(read(early(form())), early_config());
 }
@@ -148,7 +148,7 @@ fn launch_requests_lose_nothing() {
     let sent = serde_json::to_vec(&LaunchConfig::from(config())).unwrap();
     let received: LaunchConfig = serde_json::from_slice(&sent).unwrap();
     assert_eq!(VmConfig::from(received.clone()), config());
-    assert_eq!(SnapshotConfigV1::from(received), config().into());
+    assert_eq!(StoredConfigV1::from(received), config().into());
 }
 
 #[test]

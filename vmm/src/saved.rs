@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use sm_control::config::SnapshotConfigV1;
+use sm_control::config::StoredConfigV1;
 use sm_control::launch::DiskSegment;
 use sm_control::with_causes;
 use sm_guest_proto::PROTOCOL_VERSION;
@@ -53,7 +53,7 @@ pub struct Content {
     /// The root disk; empty in a base snapshot.
     pub root: Vec<DiskSegment>,
     /// The configuration of the VM with the workload; only in workload snapshots.
-    pub config: Option<SnapshotConfigV1>,
+    pub config: Option<StoredConfigV1>,
 }
 
 /// A machine in a snapshot, opened for use.

@@ -1,20 +1,18 @@
-//! The configuration of a virtual machine, in five forms that change independently.
+//! The configuration of a virtual machine, in four forms that change independently.
 //!
 //! | form | purpose | may change |
 //! |---|---|---|
 //! | [`VmConfig`] | the API | as Rust interfaces do |
-//! | [`LaunchConfig`] | in a launch request, between two processes of one program | freely |
-//! | [`RecordConfigV1`] | `config.json` in a VM's record | by additions with defaults |
-//! | [`SnapshotConfigV1`] | in the section `vm` of a workload snapshot | by additions with defaults |
+//! | [`LaunchConfig`] | in a launch request, between two processes of one version | freely |
+//! | [`StoredConfigV1`] | in the section `vm` of a workload snapshot and, with a version, in a VM's `config.json` ([`RecordConfigV1`]) | by additions with defaults |
 //! | [`ConfigView`] | JSON output for people and scripts | by additions |
 //!
 //! Every other form converts from and to [`VmConfig`]. The conversions name all fields,
 //! so a new field does not compile until each form has an answer for it. Golden files in
-//! `tests/forms.rs` hold the JSON of the last three.
+//! `tests/forms.rs` hold the JSON of the last two.
 
 mod launch;
 mod record;
-mod snapshot;
 pub mod stored;
 mod view;
 
@@ -23,7 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub use self::launch::LaunchConfig;
 pub use self::record::{RecordConfigV1, RecordFormError};
-pub use self::snapshot::SnapshotConfigV1;
+pub use self::stored::StoredConfigV1;
 pub use self::view::ConfigView;
 use crate::id::VmId;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};

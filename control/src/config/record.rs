@@ -1,14 +1,10 @@
 //! The configuration in a VM's record.
 
-use std::path::PathBuf;
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::stored::{PublicationV1, WorkloadV1};
-use super::{VmConfig, default_wait_ms, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms};
-use crate::id::VmId;
+use super::VmConfig;
+use super::stored::StoredConfigV1;
 
 /// Failure to read the configuration of a record.
 #[derive(Debug, Error)]
@@ -29,78 +25,20 @@ fn first_version() -> u32 {
 }
 
 /// The contents of `config.json`, version 1.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct RecordConfigV1 {
     /// Version of this form; records written before it existed have none.
-    #[serde(default = "first_version")]
     pub version: u32,
-    /// Identifier.
-    pub id: VmId,
-    /// Name.
-    pub name: String,
-    /// The image reference that the caller gave.
-    pub image: String,
-    /// Digest of the image's manifest.
-    pub image_digest: String,
-    /// Creation time in nanoseconds since the Unix epoch.
-    pub created_ns: u64,
-    /// The command that runs in the VM.
-    pub workload: WorkloadV1,
-    /// Guest memory in bytes.
-    pub memory: u64,
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// Path of the kernel image that was booted.
-    pub kernel: PathBuf,
-    /// The VM's record is removed when the VM exits.
-    pub auto_remove: bool,
-    /// The root file system has no writable layer.
-    pub read_only: bool,
-    /// Milliseconds between the stop signal and SIGKILL.
-    pub stop_timeout_ms: u64,
-    /// Guest ports published on the host, as the caller requested them.
-    #[serde(default)]
-    pub publish: Vec<PublicationV1>,
-    /// Milliseconds that a connection to a published port waits for a listener in the
-    /// guest.
-    #[serde(default = "default_wait_ms")]
-    pub publish_wait_ms: u32,
+    /// The other members.
+    #[serde(flatten)]
+    pub config: StoredConfigV1,
 }
 
 impl From<VmConfig> for RecordConfigV1 {
     fn from(config: VmConfig) -> Self {
-        let VmConfig {
-            id,
-            name,
-            image,
-            image_digest,
-            created,
-            workload,
-            memory_bytes,
-            cpus,
-            kernel,
-            auto_remove,
-            read_only,
-            stop_timeout,
-            publish,
-            publish_wait,
-        } = config;
         Self {
             version: FIRST,
-            id,
-            name,
-            image,
-            image_digest,
-            created_ns: to_ns(created),
-            workload: workload.into(),
-            memory: memory_bytes,
-            cpus,
-            kernel,
-            auto_remove,
-            read_only,
-            stop_timeout_ms: to_ms(stop_timeout),
-            publish: publish.into_iter().map(Into::into).collect(),
-            publish_wait_ms: to_wait_ms(publish_wait),
+            config: config.into(),
         }
     }
 }
@@ -118,46 +56,8 @@ impl VmConfig {
             version: u32,
         }
         match serde_json::from_slice::<Version>(json)?.version {
-            FIRST => Ok(serde_json::from_slice::<RecordConfigV1>(json)?.into()),
+            FIRST => Ok(serde_json::from_slice::<StoredConfigV1>(json)?.into()),
             other => Err(RecordFormError::UnknownVersion(other)),
-        }
-    }
-}
-
-impl From<RecordConfigV1> for VmConfig {
-    fn from(config: RecordConfigV1) -> Self {
-        let RecordConfigV1 {
-            version: _,
-            id,
-            name,
-            image,
-            image_digest,
-            created_ns,
-            workload,
-            memory,
-            cpus,
-            kernel,
-            auto_remove,
-            read_only,
-            stop_timeout_ms,
-            publish,
-            publish_wait_ms,
-        } = config;
-        Self {
-            id,
-            name,
-            image,
-            image_digest,
-            created: from_ns(created_ns),
-            workload: workload.into(),
-            memory_bytes: memory,
-            cpus,
-            kernel,
-            auto_remove,
-            read_only,
-            stop_timeout: Duration::from_millis(stop_timeout_ms),
-            publish: publish.into_iter().map(Into::into).collect(),
-            publish_wait: from_wait_ms(publish_wait_ms),
         }
     }
 }

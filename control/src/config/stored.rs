@@ -1,17 +1,59 @@
-//! Parts of stored configurations: JSON that other versions of the program read.
+//! The stored configuration and its parts: JSON that other versions of the program read.
 //!
-//! The types repeat those of [`crate::workload`] and [`crate::publish`], so that these
-//! can change without changing files. A member may be added with a default; any other
-//! change needs a type of the next version.
+//! The types repeat [`VmConfig`] and those of [`crate::workload`] and [`crate::publish`],
+//! so that these can change without changing files. A member may be added with a default;
+//! any other change needs a type of the next version.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::{
+    LaunchConfig, VmConfig, default_wait_ms, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms,
+};
+use crate::id::VmId;
 use crate::publish::{HostEnd, Publication, TlsEnd};
 use crate::workload::{Rlimit, Workload};
+
+/// The configuration of a VM. Its version is that of the file or section which contains
+/// it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredConfigV1 {
+    /// Identifier.
+    pub id: VmId,
+    /// Name.
+    pub name: String,
+    /// The image reference that the caller gave.
+    pub image: String,
+    /// Digest of the image's manifest.
+    pub image_digest: String,
+    /// Creation time in nanoseconds since the Unix epoch.
+    pub created_ns: u64,
+    /// The command that runs in the VM.
+    pub workload: WorkloadV1,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Path of the kernel image that was booted.
+    pub kernel: PathBuf,
+    /// The VM's record is removed when the VM exits.
+    pub auto_remove: bool,
+    /// The root file system has no writable layer.
+    pub read_only: bool,
+    /// Milliseconds between the stop signal and SIGKILL.
+    pub stop_timeout_ms: u64,
+    /// Guest ports published on the host, as the caller requested them.
+    #[serde(default)]
+    pub publish: Vec<PublicationV1>,
+    /// Milliseconds that a connection to a published port waits for a listener in the
+    /// guest.
+    #[serde(default = "default_wait_ms")]
+    pub publish_wait_ms: u32,
+}
 
 /// A [`Workload`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +133,86 @@ pub struct TlsEndV1 {
     pub protocols: Vec<String>,
     /// Guest ports for particular server names (SNI).
     pub servers: Vec<(String, u16)>,
+}
+
+impl From<VmConfig> for StoredConfigV1 {
+    fn from(config: VmConfig) -> Self {
+        let VmConfig {
+            id,
+            name,
+            image,
+            image_digest,
+            created,
+            workload,
+            memory_bytes,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout,
+            publish,
+            publish_wait,
+        } = config;
+        Self {
+            id,
+            name,
+            image,
+            image_digest,
+            created_ns: to_ns(created),
+            workload: workload.into(),
+            memory: memory_bytes,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout_ms: to_ms(stop_timeout),
+            publish: publish.into_iter().map(Into::into).collect(),
+            publish_wait_ms: to_wait_ms(publish_wait),
+        }
+    }
+}
+
+impl From<StoredConfigV1> for VmConfig {
+    fn from(config: StoredConfigV1) -> Self {
+        let StoredConfigV1 {
+            id,
+            name,
+            image,
+            image_digest,
+            created_ns,
+            workload,
+            memory,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout_ms,
+            publish,
+            publish_wait_ms,
+        } = config;
+        Self {
+            id,
+            name,
+            image,
+            image_digest,
+            created: from_ns(created_ns),
+            workload: workload.into(),
+            memory_bytes: memory,
+            cpus,
+            kernel,
+            auto_remove,
+            read_only,
+            stop_timeout: Duration::from_millis(stop_timeout_ms),
+            publish: publish.into_iter().map(Into::into).collect(),
+            publish_wait: from_wait_ms(publish_wait_ms),
+        }
+    }
+}
+
+impl From<LaunchConfig> for StoredConfigV1 {
+    fn from(config: LaunchConfig) -> Self {
+        VmConfig::from(config).into()
+    }
 }
 
 impl From<Workload> for WorkloadV1 {
