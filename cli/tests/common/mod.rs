@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Returns a command of `sm` that runs in `directory`, has its home there, and takes
-/// neither a kernel nor an agent nor a log level from the environment of the test.
+/// no setting of sm from the environment of the test.
 pub(crate) fn sm(directory: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sm"));
     command.args(arguments).current_dir(directory);
@@ -16,7 +16,13 @@ pub(crate) fn sm(directory: &Path, arguments: &[&str]) -> Command {
     ] {
         command.env(name, directory.join(value));
     }
-    for name in ["SM_KERNEL", "SM_AGENT", "SM_LOG"] {
+    for name in [
+        "SM_KERNEL",
+        "SM_AGENT",
+        "SM_LOG",
+        "SM_VMM",
+        "SM_IMAGE_QUOTA",
+    ] {
         command.env_remove(name);
     }
     command
