@@ -52,10 +52,6 @@ pub mod kernel;
 pub mod logs;
 mod output_log;
 mod reaper;
-#[expect(
-    unreachable_pub,
-    reason = "the crate's interface has some of the types only"
-)]
 mod record;
 mod run;
 mod sm;
@@ -69,7 +65,9 @@ pub use guest_agent::AgentError;
 pub use home::{Home, HomeError};
 pub use image::Image;
 pub use kernel::KernelError;
-pub use record::{Damaged, ExitReason, ExitRecord, RecordError, VmConfig, VmState};
+pub use record::{
+    Damaged, ExitReason, ExitRecord, RecordError, RecordFormError, VmConfig, VmState,
+};
 pub use run::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
 pub use sm::{Sm, SmBuilder};
 #[doc(no_inline)]

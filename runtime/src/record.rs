@@ -33,7 +33,8 @@ use sm_control::id::VmId;
 use thiserror::Error;
 
 use self::files::{read_json, remove_tree, write_json};
-pub use self::records::{Damaged, Records};
+pub use self::records::Damaged;
+pub(crate) use self::records::Records;
 use crate::home::HomeError;
 
 const CONFIG: &str = "config.json";
@@ -144,7 +145,7 @@ pub enum VmState {
 
 /// One VM's record.
 #[derive(Clone, Debug)]
-pub struct Record {
+pub(crate) struct Record {
     config: VmConfig,
     directory: PathBuf,
     sockets: PathBuf,
@@ -153,13 +154,13 @@ pub struct Record {
 impl Record {
     /// Returns the VM's configuration.
     #[must_use]
-    pub fn config(&self) -> &VmConfig {
+    pub(crate) fn config(&self) -> &VmConfig {
         &self.config
     }
 
     /// Returns its directory.
     #[must_use]
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
@@ -191,7 +192,7 @@ impl Record {
     ///
     /// # Errors
     /// Its files cannot be read.
-    pub fn state(&self) -> Result<VmState, RecordError> {
+    pub(crate) fn state(&self) -> Result<VmState, RecordError> {
         if let Some(exit) = self.exit()? {
             return Ok(VmState::Exited(exit));
         }
@@ -244,7 +245,7 @@ impl Record {
     ///
     /// # Errors
     /// The VM is alive, or its files cannot be removed.
-    pub fn remove(&self) -> Result<(), RecordError> {
+    pub(crate) fn remove(&self) -> Result<(), RecordError> {
         // The VMM of a VM that has ended is about to release the lock.
         let operation = match self.has_ended() {
             true => FlockOperation::LockShared,

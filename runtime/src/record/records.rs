@@ -26,7 +26,7 @@ const REGISTRY_LOCK: &str = ".lock";
 
 /// All records of one user.
 #[derive(Clone, Debug)]
-pub struct Records {
+pub(crate) struct Records {
     pub(super) directory: PathBuf,
     pub(super) sockets: PathBuf,
     /// Names of records that were read, and whether they are removed at the exit.
@@ -60,7 +60,7 @@ impl Records {
     ///
     /// # Errors
     /// A directory cannot be created, or other users have access to it.
-    pub fn open(home: &Home) -> Result<Self, RecordError> {
+    pub(crate) fn open(home: &Home) -> Result<Self, RecordError> {
         let sockets = home.run().join("vms");
         let directory = home.vms();
         ensure_private_dir(home.run())?;
@@ -169,7 +169,7 @@ impl Records {
     /// # Errors
     /// The directory cannot be read. Records that disappear in the meantime are skipped,
     /// as are damaged ones; see [`Self::damaged`].
-    pub fn list(&self) -> Result<Vec<Record>, RecordError> {
+    pub(crate) fn list(&self) -> Result<Vec<Record>, RecordError> {
         Ok(self.read_all(false)?.0)
     }
 
@@ -177,7 +177,7 @@ impl Records {
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn damaged(&self) -> Result<Vec<Damaged>, RecordError> {
+    pub(crate) fn damaged(&self) -> Result<Vec<Damaged>, RecordError> {
         Ok(self.read_all(false)?.1)
     }
 
@@ -249,7 +249,7 @@ impl Records {
     /// # Errors
     /// No record matches, or several do; its VM is alive; a later version of this program
     /// can read it; its files cannot be removed.
-    pub fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
+    pub(crate) fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
         let id = match self.one_damaged(query)? {
             Some(later) if later.later => return Err(later.into()),
@@ -281,7 +281,7 @@ impl Records {
     ///
     /// # Errors
     /// No record matches, or several do.
-    pub fn find(&self, query: &str) -> Result<Record, RecordError> {
+    pub(crate) fn find(&self, query: &str) -> Result<Record, RecordError> {
         let mut records = self.list()?;
         if let Some(exact) = records
             .iter()
@@ -311,7 +311,7 @@ impl Records {
     ///
     /// # Errors
     /// The directories cannot be read.
-    pub fn sweep(&self) -> Result<(), RecordError> {
+    pub(crate) fn sweep(&self) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
         let names = dir_names(&self.directory)?;
         for name in &names {
