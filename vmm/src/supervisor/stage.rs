@@ -9,9 +9,10 @@
 //!     └───────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Every message is handled by a `match` of the stage without a wildcard, so that a case
-//! such as a stop of a paused VM or the end of one that is being captured is an arm that
-//! exists in the code.
+//! A `match` of the stage, here and in the handlers of messages and deadlines, has no
+//! wildcard arm: a new stage does not compile until each of them has an answer for it, and a
+//! case such as a stop of a VM that is being reset is an arm that exists in the code. Code
+//! that concerns one stage only (`if let`) does nothing in the others.
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
