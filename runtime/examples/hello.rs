@@ -26,7 +26,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         // Such as a name that is not in the image; the message is the guest's.
         Err(error) if error.kind() == ErrorKind::Command => {
             eprintln!("{error}");
-            return Ok(ExitCode::from(127));
+            return Ok(ExitCode::from(u8::try_from(error.exit_status())?));
         }
         Err(error) => return Err(error.into()),
     };

@@ -209,7 +209,7 @@ fn after_colon(log: &str) -> String {
 #[non_exhaustive]
 pub enum Refusal {
     /// The VM is paused.
-    #[error("VM \"{0}\" is paused: resume it first")]
+    #[error("VM \"{0}\" is paused: unpause it first")]
     Paused(String),
     /// The workload of the VM does not run yet.
     #[error("VM \"{0}\" is still starting: try again when its workload runs")]
@@ -326,7 +326,8 @@ impl Error {
         }
     }
 
-    /// Returns the exit status of Docker's command line for this failure.
+    /// Returns the exit status of Docker's command line for this failure: 127 or 126 if the
+    /// command of the workload could not be run ([`ErrorKind::Command`]), else 125.
     #[must_use]
     pub fn exit_status(&self) -> u32 {
         match self {

@@ -1,8 +1,9 @@
 //! The library API of sm: images, VMs, exec and snapshots, and the process
 //! model behind them.
 //!
-//! Each VM runs in a process of its own (the VMM, which is this executable, started again).
-//! The process outlives its parent by default; there is no daemon.
+//! Each VM runs in a process of its own, the VMM: this program, started again, or the one
+//! that [`SmBuilder::vmm`] names. The process outlives its parent by default; there is no
+//! daemon.
 //!
 //! ```no_run
 //! use sm_runtime::{Force, RunOptions, Sm};
