@@ -141,7 +141,7 @@ impl LaunchRequest {
 /// Reports of the VMM on the launch stream and to attached clients (CONTROL frames).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Report {
+pub enum VmmReport {
     /// The process that was started is a VMM. Always the first message.
     Hello,
     /// A phase is complete.
@@ -168,7 +168,7 @@ pub enum ControlCall {
     /// Report the status of the VM.
     Status,
     /// Become a client of the workload: after the answer, the connection
-    /// carries exec frames both ways and ends with [`Report::Ended`].
+    /// carries exec frames both ways and ends with [`VmmReport::Ended`].
     Attach {
         /// The client will send STDIN frames.
         stdin: bool,

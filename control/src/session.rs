@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::endpoint::Endpoint;
 use crate::error::ControlError;
 use crate::exit::ExitRecord;
-use crate::launch::{ControlCall, Report, Testimony};
+use crate::launch::{ControlCall, Testimony, VmmReport};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
 
@@ -162,12 +162,12 @@ impl AsFd for Session {
 fn control_event(payload: &[u8]) -> Option<Event<'static>> {
     if let Ok(report) = serde_json::from_slice(payload) {
         return Some(match report {
-            Report::Hello => return None,
-            Report::Phase(phase) => Event::Phase(phase),
-            Report::Warning(text) => Event::Warning(text),
-            Report::Started { pid } => Event::Started { pid },
-            Report::Evidence(evidence) => Event::Evidence(evidence),
-            Report::Ended(exit) => Event::Ended(exit),
+            VmmReport::Hello => return None,
+            VmmReport::Phase(phase) => Event::Phase(phase),
+            VmmReport::Warning(text) => Event::Warning(text),
+            VmmReport::Started { pid } => Event::Started { pid },
+            VmmReport::Evidence(evidence) => Event::Evidence(evidence),
+            VmmReport::Ended(exit) => Event::Ended(exit),
         });
     }
     match serde_json::from_slice(payload) {

@@ -6,7 +6,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::JoinHandle;
 
-use sm_control::launch::{ControlAnswer, ControlCall, Report};
+use sm_control::launch::{ControlAnswer, ControlCall, VmmReport};
 use sm_control::session::{Event, Session};
 use sm_control::{Control, ControlError, Endpoint, MAX_ANSWER};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameHeader, FrameType};
@@ -120,7 +120,7 @@ fn an_attached_client_sends_input_and_receives_events() {
         let input = receive(&mut stream, &mut decoder);
         send(&mut stream, FrameType::Stdout, b"out");
         answer(&mut stream, &serde_json::json!({"of_a_later_version": 1}));
-        answer(&mut stream, &Report::Warning("slow".into()));
+        answer(&mut stream, &VmmReport::Warning("slow".into()));
         send(&mut stream, FrameType::Exit, &3u32.to_be_bytes());
         (serde_json::from_slice::<ControlCall>(&call).unwrap(), input)
     });

@@ -13,7 +13,7 @@ use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
     ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, LaunchRequestError,
-    Paging, Report, SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony,
+    Paging, SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony, VmmReport,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -201,22 +201,25 @@ fn a_launch_request() {
 
 #[test]
 fn reports() {
-    is(&Report::Hello, &json!("hello"));
+    is(&VmmReport::Hello, &json!("hello"));
     let phase = Phase::at("agent ready", 5);
     is(
-        &Report::Phase(phase),
+        &VmmReport::Phase(phase),
         &json!({"phase": {"name": "agent ready", "at_ns": 5}}),
     );
-    is(&Report::Warning("w".into()), &json!({"warning": "w"}));
-    is(&Report::Started { pid: 2 }, &json!({"started": {"pid": 2}}));
+    is(&VmmReport::Warning("w".into()), &json!({"warning": "w"}));
     is(
-        &Report::Evidence(Testimony::default()),
+        &VmmReport::Started { pid: 2 },
+        &json!({"started": {"pid": 2}}),
+    );
+    is(
+        &VmmReport::Evidence(Testimony::default()),
         &json!({"evidence": {
             "random": "", "uuid": "", "machine_id": "", "boot_id": "", "epoch": "",
             "hostname": "", "mac": null, "realtime_ns": 0, "clock_error_ns": 0,
         }}),
     );
-    let ended = serde_json::to_value(Report::Ended(ExitRecord::lost())).unwrap();
+    let ended = serde_json::to_value(VmmReport::Ended(ExitRecord::lost())).unwrap();
     assert_eq!(ended["ended"]["status"], 137);
 }
 

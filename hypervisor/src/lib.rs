@@ -53,7 +53,7 @@ pub use caps::{Capabilities, LinuxSupport};
 pub use error::{Error, OpenError, OpenErrorKind};
 pub use no_backend::NoBackend;
 pub use restore::{Finish, RestoredVcpu, VmIdentity};
-pub use state::VmState;
+pub use state::VmSavedState;
 pub use sys::{Native, Wake};
 pub use traits::{
     Doorbell, Exit, FaultInfo, Gsi, Hypervisor, IrqLine, IrqTrigger, Kicker, MemoryRegion,

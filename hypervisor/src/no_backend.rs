@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::{
     Arch, Bus, Capabilities, Doorbell, Error, Exit, Finish, Gsi, Hypervisor, IrqLine, IrqTrigger,
     Kicker, MemoryRegion, OpenError, OpenErrorKind, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed,
-    VirtualMachine, VmParameters, VmState, Wake,
+    VirtualMachine, VmParameters, VmSavedState, Wake,
 };
 
 /// A backend that cannot be opened. No value of the type exists, so its methods are never
@@ -71,11 +71,11 @@ impl<A: Arch> VirtualMachine for NoBackend<A> {
         match self.never {}
     }
 
-    fn save(&self) -> Result<VmState, Error> {
+    fn save(&self) -> Result<VmSavedState, Error> {
         match self.never {}
     }
 
-    fn restore(&self, _: &VmState, _: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+    fn restore(&self, _: &VmSavedState, _: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
         match self.never {}
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::state::VmState;
+use crate::state::VmSavedState;
 use crate::{Arch, Bus, Capabilities, Error, Finish, OpenError, RestoredVcpu, Wake};
 
 /// A global system interrupt: an input of the IOAPIC (x86) or an SPI (arm64).
@@ -157,7 +157,7 @@ pub trait VirtualMachine: Send + Sync + 'static {
     ///
     /// # Errors
     /// The hypervisor refused.
-    fn save(&self) -> Result<VmState, Error>;
+    fn save(&self) -> Result<VmSavedState, Error>;
 
     /// Restores interrupt controllers and clocks, after every vCPU of the VM has been
     /// restored (`vcpus` proves it). Returns the tokens with which the vCPUs finish, by
@@ -165,7 +165,8 @@ pub trait VirtualMachine: Send + Sync + 'static {
     ///
     /// # Errors
     /// A missing vCPU, one of another VM, or state from another kind of backend.
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error>;
+    fn restore(&self, state: &VmSavedState, vcpus: Vec<RestoredVcpu>)
+    -> Result<Vec<Finish>, Error>;
 }
 
 /// A vCPU that no thread runs yet.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use sm_control::fdpass;
 use sm_control::id::VmId;
-use sm_control::launch::{ImageSource, LaunchRequest, Report, StartSource};
+use sm_control::launch::{ImageSource, LaunchRequest, StartSource, VmmReport};
 use sm_control::session::{Aside, Event, Session};
 use sm_control::timed::Until;
 use sm_control::timings::Phase;
@@ -300,7 +300,7 @@ fn receive_hello(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
     let mut payload = vec![0; header.len];
     until.read_exact(&mut payload)?;
     match serde_json::from_slice(&payload)? {
-        Report::Hello => Ok(()),
+        VmmReport::Hello => Ok(()),
         other => Err(io::Error::other(format!("it began with {other:?}"))),
     }
 }

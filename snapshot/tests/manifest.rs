@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-use sm_hypervisor::state::VmState;
+use sm_hypervisor::state::VmSavedState;
 use sm_hypervisor::state::x86_64::VcpuState;
 use sm_snapshot::Error;
 use sm_snapshot::capture::{Ancestry, Capture, Description};
@@ -34,7 +34,7 @@ fn state(memory_bytes: u64, vcpus: u32) -> MachineState {
         version: 2,
         memory_bytes,
         generation_id: 0,
-        vm: VmState::default(),
+        vm: VmSavedState::default(),
         vcpus: (0..vcpus).map(vcpu).collect(),
         uart: sm_vmm_core::serial::UartStateV1::default(),
         devices: Vec::new(),

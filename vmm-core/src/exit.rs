@@ -11,7 +11,7 @@ use sm_hypervisor::{FaultInfo, Kicker};
 /// Reason why a machine no longer runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
-pub enum ExitReason {
+pub enum MachineExit {
     /// The guest powered itself off.
     PowerOff,
     /// The guest requested a reset, which the owner's policy interprets; with `panic=-1` on
@@ -43,11 +43,11 @@ pub enum ExitReason {
     Stopped,
 }
 
-/// Stores the first [`ExitReason`], makes all vCPUs leave the guest, and notifies waiters
+/// Stores the first [`MachineExit`], makes all vCPUs leave the guest, and notifies waiters
 /// through a file descriptor.
 #[derive(Debug)]
 pub struct ExitLatch {
-    reason: OnceLock<ExitReason>,
+    reason: OnceLock<MachineExit>,
     event: OwnedFd,
     kickers: OnceLock<Vec<Arc<dyn Kicker>>>,
 }
@@ -73,7 +73,7 @@ impl ExitLatch {
     }
 
     /// Records `reason`, unless one is recorded already.
-    pub fn report(&self, reason: ExitReason) {
+    pub fn report(&self, reason: MachineExit) {
         if self.reason.set(reason).is_err() {
             return;
         }
@@ -86,7 +86,7 @@ impl ExitLatch {
 
     /// Returns the reason, once there is one.
     #[must_use]
-    pub fn reason(&self) -> Option<&ExitReason> {
+    pub fn reason(&self) -> Option<&MachineExit> {
         self.reason.get()
     }
 
@@ -98,7 +98,7 @@ impl ExitLatch {
 
     /// Blocks until there is a reason.
     #[must_use]
-    pub fn wait(&self) -> ExitReason {
+    pub fn wait(&self) -> MachineExit {
         loop {
             if let Some(reason) = self.reason.get() {
                 return reason.clone();
@@ -109,7 +109,7 @@ impl ExitLatch {
 
     /// Blocks until there is a reason, at most for `timeout`.
     #[must_use]
-    pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitReason> {
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<MachineExit> {
         // `None`: beyond the range of the clock, so there is no deadline.
         let deadline = Instant::now().checked_add(timeout);
         loop {
@@ -146,9 +146,9 @@ mod tests {
             move || latch.wait()
         });
         assert_eq!(latch.wait_timeout(Duration::from_millis(1)), None);
-        latch.report(ExitReason::PowerOff);
-        latch.report(ExitReason::Reset);
-        assert_eq!(waiter.join().unwrap(), ExitReason::PowerOff);
-        assert_eq!(latch.wait(), ExitReason::PowerOff);
+        latch.report(MachineExit::PowerOff);
+        latch.report(MachineExit::Reset);
+        assert_eq!(waiter.join().unwrap(), MachineExit::PowerOff);
+        assert_eq!(latch.wait(), MachineExit::PowerOff);
     }
 }

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sm_hypervisor::state::x86_64::BootRegisters;
-use sm_hypervisor::{Hypervisor, RestoredVcpu, VirtualMachine, VmState, X86_64};
+use sm_hypervisor::{Hypervisor, RestoredVcpu, VirtualMachine, VmSavedState, X86_64};
 
 use self::chassis::{Chassis, Stopwatch};
 pub use self::error::MachineError;
 use self::error::hypervisor;
 use crate::acpi::{self, AcpiConfig, GENERATION_ID};
 use crate::devices::{DeviceConfig, Devices};
-use crate::exit::{ExitLatch, ExitReason};
+use crate::exit::{ExitLatch, MachineExit};
 use crate::layout::MACHINE_VERSION;
 use crate::loader::{self, BootSource, InitramfsPart};
 use crate::memory::{MachineMemory, MemoryConfig};
@@ -283,7 +283,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// # Errors
     /// A vCPU thread has ended before.
     pub fn stop(&mut self) -> Result<(), MachineError> {
-        self.exit.report(ExitReason::Stopped);
+        self.exit.report(MachineExit::Stopped);
         self.pause()
     }
 
@@ -295,7 +295,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
 
     /// Returns the reason why the machine has ended; `None` while it has not.
     #[must_use]
-    pub fn exit_reason(&self) -> Option<ExitReason> {
+    pub fn exit_reason(&self) -> Option<MachineExit> {
         self.exit.reason().cloned()
     }
 
@@ -371,7 +371,7 @@ fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Sta
 /// these finish. Devices may raise their lines afterwards.
 fn restore_vm<V: VirtualMachine>(
     vm: &V,
-    state: &VmState,
+    state: &VmSavedState,
     threads: &[VcpuThread<V::Arch>],
     proofs: Vec<RestoredVcpu>,
 ) -> Result<(), MachineError> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::bus::{BusBuilder, BusError, MmioDevice};
-use crate::exit::{ExitLatch, ExitReason};
+use crate::exit::{ExitLatch, MachineExit};
 
 /// Port of the ACPI sleep control register (ACPI 6.5 section 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -42,9 +42,9 @@ impl MmioDevice for AcpiRegisters {
             && value & SLEEP_ENABLE != 0
             && (value >> 2) & 7 == SLEEP_TYPE_S5
         {
-            self.0.report(ExitReason::PowerOff);
+            self.0.report(MachineExit::PowerOff);
         } else if register == u64::from(RESET_PORT) && value == RESET_VALUE {
-            self.0.report(ExitReason::Reset);
+            self.0.report(MachineExit::Reset);
         }
     }
 }
@@ -60,7 +60,7 @@ impl MmioDevice for KeyboardReset {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         if data == [KEYBOARD_PULSE_RESET] {
-            self.0.report(ExitReason::Reset);
+            self.0.report(MachineExit::Reset);
         }
     }
 }
@@ -75,7 +75,7 @@ impl MmioDevice for ResetControl {
 
     fn write(&self, _offset: u64, data: &[u8]) {
         if data.first().is_some_and(|v| v & RESET_CONTROL_CPU != 0) {
-            self.0.report(ExitReason::Reset);
+            self.0.report(MachineExit::Reset);
         }
     }
 }
@@ -100,7 +100,7 @@ mod tests {
 
     use super::*;
 
-    fn after_write(port: u16, value: u8) -> Option<ExitReason> {
+    fn after_write(port: u16, value: u8) -> Option<MachineExit> {
         let exit = Arc::new(ExitLatch::new().unwrap());
         let mut bus = BusBuilder::default();
         attach(&mut bus, &exit).unwrap();
@@ -112,15 +112,15 @@ mod tests {
     fn only_the_documented_values_act() {
         let off = SLEEP_ENABLE | SLEEP_TYPE_S5 << 2;
         for (port, value, expected) in [
-            (SLEEP_CONTROL_PORT, off, Some(ExitReason::PowerOff)),
+            (SLEEP_CONTROL_PORT, off, Some(MachineExit::PowerOff)),
             (SLEEP_CONTROL_PORT, SLEEP_TYPE_S5 << 2, None),
             (SLEEP_CONTROL_PORT, SLEEP_ENABLE | 3 << 2, None),
             (SLEEP_STATUS_PORT, off, None),
-            (RESET_PORT, RESET_VALUE, Some(ExitReason::Reset)),
+            (RESET_PORT, RESET_VALUE, Some(MachineExit::Reset)),
             (RESET_PORT, 0, None),
-            (0x64, 0xfe, Some(ExitReason::Reset)),
+            (0x64, 0xfe, Some(MachineExit::Reset)),
             (0x64, 0xd1, None),
-            (0xcf9, 6, Some(ExitReason::Reset)),
+            (0xcf9, 6, Some(MachineExit::Reset)),
             (0xcf9, 2, None),
         ] {
             assert_eq!(after_write(port, value), expected, "{port:#x} {value:#x}");

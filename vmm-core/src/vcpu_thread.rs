@@ -229,7 +229,7 @@ mod tests {
     use sm_hypervisor::{Exit, FaultInfo, RestoringVcpu, Vcpu, VmIdentity, X86_64};
 
     use super::*;
-    use crate::exit::ExitReason;
+    use crate::exit::MachineExit;
 
     /// A vCPU that "runs" until kicked, or first returns the scripted exits.
     #[derive(Debug, Default)]
@@ -385,13 +385,13 @@ mod tests {
             ..FaultInfo::default()
         };
         for (exit, expected) in [
-            (Exit::Reset, ExitReason::Reset),
-            (Exit::Shutdown, ExitReason::PowerOff),
-            (Exit::TripleFault, ExitReason::TripleFault { vcpu: 3 }),
-            (Exit::Halt, ExitReason::Halted { vcpu: 3 }),
+            (Exit::Reset, MachineExit::Reset),
+            (Exit::Shutdown, MachineExit::PowerOff),
+            (Exit::TripleFault, MachineExit::TripleFault { vcpu: 3 }),
+            (Exit::Halt, MachineExit::Halted { vcpu: 3 }),
             (
                 Exit::Fault(info.clone()),
-                ExitReason::Fault { vcpu: 3, info },
+                MachineExit::Fault { vcpu: 3, info },
             ),
         ] {
             let (thread, _script, latch) = spawn(Script {
@@ -411,7 +411,7 @@ mod tests {
     fn the_exit_of_another_vcpu_makes_it_leave_the_guest() {
         let (thread, _script, latch) = spawn(Script::default());
         thread.run().unwrap();
-        latch.report(ExitReason::PowerOff);
+        latch.report(MachineExit::PowerOff);
         // Only a parked vCPU executes commands, and only the latch has kicked it.
         thread.save().unwrap().wait_ok().unwrap();
     }
@@ -471,7 +471,7 @@ mod tests {
         let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
         thread.run().unwrap();
         let reason = exit.wait();
-        assert!(matches!(reason, ExitReason::Failed { .. }), "{reason:?}");
+        assert!(matches!(reason, MachineExit::Failed { .. }), "{reason:?}");
         assert!(!script.in_guest.load(Ordering::SeqCst));
         drop(thread);
 

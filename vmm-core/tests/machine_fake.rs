@@ -14,7 +14,7 @@ use sm_event_loop::EventLoop;
 use sm_hypervisor::fake::{FakeEvent, FakeHypervisor, Step};
 use sm_hypervisor::{Exit, FaultInfo};
 use sm_vmm_core::devices::{DeviceConfig, DeviceError};
-use sm_vmm_core::exit::ExitReason;
+use sm_vmm_core::exit::MachineExit;
 use sm_vmm_core::layout::{GED_GSI, SLOT_RNG, virtio_window};
 use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};
 use sm_vmm_core::memory::{MachineMemory, MemoryConfig};
@@ -94,7 +94,7 @@ impl Rig {
     }
 }
 
-fn end(machine: &Machine<FakeHypervisor>) -> ExitReason {
+fn end(machine: &Machine<FakeHypervisor>) -> MachineExit {
     let latch = machine.exit_latch();
     latch
         .wait_timeout(Duration::from_secs(60))
@@ -135,7 +135,7 @@ fn a_new_machine_has_memory_and_parked_vcpus() {
     assert_eq!(machine.exit_reason(), None, "nothing has run");
     machine.resume().unwrap();
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(end(&machine), MachineExit::PowerOff);
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn ports_reach_their_devices() {
     let rig = Rig::new(vec![script]);
     let mut machine = rig.boot(1);
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(end(&machine), MachineExit::PowerOff);
     assert_eq!(machine.console().tail(1), "hello");
     drop(machine);
     assert_eq!(rig.console_text(), "hello\n");
@@ -179,7 +179,7 @@ fn ports_reach_their_devices() {
         let rig = Rig::new(vec![vec![Step::PioWrite(port, vec![value])]]);
         let mut machine = rig.boot(1);
         machine.resume().unwrap();
-        assert_eq!(end(&machine), ExitReason::Reset, "{port:#x}");
+        assert_eq!(end(&machine), MachineExit::Reset, "{port:#x}");
     }
 }
 
@@ -196,7 +196,7 @@ fn doorbells_are_served_by_the_hypervisor() {
     ]]);
     let mut machine = rig.boot(1);
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(end(&machine), MachineExit::PowerOff);
     let events = rig.host.take_events();
     assert!(
         events.contains(&FakeEvent::Read(0, b"virt".to_vec())),
@@ -218,16 +218,16 @@ fn every_exit_is_reported_with_its_vcpu() {
         ..FaultInfo::default()
     };
     for (step, expected) in [
-        (POWER_OFF, ExitReason::PowerOff),
-        (Step::Exit(Exit::Reset), ExitReason::Reset),
+        (POWER_OFF, MachineExit::PowerOff),
+        (Step::Exit(Exit::Reset), MachineExit::Reset),
         (
             Step::Exit(Exit::TripleFault),
-            ExitReason::TripleFault { vcpu: 1 },
+            MachineExit::TripleFault { vcpu: 1 },
         ),
-        (Step::Exit(Exit::Halt), ExitReason::Halted { vcpu: 1 }),
+        (Step::Exit(Exit::Halt), MachineExit::Halted { vcpu: 1 }),
         (
             Step::Exit(Exit::Fault(info.clone())),
-            ExitReason::Fault { vcpu: 1, info },
+            MachineExit::Fault { vcpu: 1, info },
         ),
     ] {
         // The first vCPU stays in the guest until it is kicked.
@@ -241,7 +241,7 @@ fn every_exit_is_reported_with_its_vcpu() {
     let rig = Rig::new(vec![vec![Step::Fail]]);
     let mut machine = rig.boot(1);
     machine.resume().unwrap();
-    let ExitReason::Failed { reason } = end(&machine) else {
+    let MachineExit::Failed { reason } = end(&machine) else {
         panic!("a failure");
     };
     assert!(
@@ -274,7 +274,7 @@ fn a_paused_machine_can_be_saved_and_a_running_one_not() {
     );
     machine.resume().unwrap();
     machine.stop().unwrap();
-    assert_eq!(end(&machine), ExitReason::Stopped);
+    assert_eq!(end(&machine), MachineExit::Stopped);
 }
 
 #[test]
@@ -299,7 +299,7 @@ fn a_restored_machine_continues_and_is_first_notified_of_its_generation() {
         clone.set_generation_id([9; 16]).unwrap();
         assert_eq!(rig.host.take_events(), [FakeEvent::Irq(GED_GSI)]);
         clone.resume().unwrap();
-        assert_eq!(end(&clone), ExitReason::PowerOff);
+        assert_eq!(end(&clone), MachineExit::PowerOff);
         assert!(clone.console().tail(1).ends_with('b'));
     }
     // The clone does not repeat output from before the save.
@@ -343,7 +343,7 @@ fn a_machine_whose_reset_failed_has_ended() {
     assert!(clone.reset_to(&foreign, None).is_err());
     clone.resume().unwrap();
     let reason = end(&clone);
-    assert!(matches!(reason, ExitReason::Failed { .. }), "{reason:?}");
+    assert!(matches!(reason, MachineExit::Failed { .. }), "{reason:?}");
 }
 
 #[test]
@@ -367,7 +367,7 @@ fn a_reset_machine_continues_from_the_state() {
     );
     clone.set_generation_id([9; 16]).unwrap();
     clone.resume().unwrap();
-    assert_eq!(end(&clone), ExitReason::Halted { vcpu: 0 });
+    assert_eq!(end(&clone), MachineExit::Halted { vcpu: 0 });
     clone.pause().unwrap();
     assert!(clone.reset_to(&state, None).is_err(), "it has ended");
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use sm_event_loop::EventLoop;
 use sm_hypervisor::Native;
 use sm_vmm_core::devices::DeviceConfig;
-use sm_vmm_core::exit::ExitReason;
+use sm_vmm_core::exit::MachineExit;
 use sm_vmm_core::layout::SLOT_RNG;
 use sm_vmm_core::machine::{Machine, MachineConfig, MachineError};
 use sm_vmm_core::memory::{FileExtent, MachineMemory, MemoryConfig};
@@ -116,7 +116,7 @@ impl Rig {
     }
 }
 
-fn end(machine: &Machine<Native>) -> ExitReason {
+fn end(machine: &Machine<Native>) -> MachineExit {
     machine
         .exit_latch()
         .wait_timeout(Duration::from_secs(60))
@@ -164,7 +164,7 @@ fn console_output_and_power_off() {
         .collect();
     let mut machine = rig.boot(&code, 1).unwrap();
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(end(&machine), MachineExit::PowerOff);
     assert_eq!(machine.console().tail(1), "hello");
     drop(machine);
     assert_eq!(rig.console_text(), "hello\n");
@@ -177,7 +177,7 @@ fn every_reset_register_resets() {
         let code: Vec<u8> = out(port, value).into_iter().chain(STAY).collect();
         let mut machine = rig.boot(&code, 1).unwrap();
         machine.resume().unwrap();
-        assert_eq!(end(&machine), ExitReason::Reset, "{port:#x}");
+        assert_eq!(end(&machine), MachineExit::Reset, "{port:#x}");
     }
 }
 
@@ -188,7 +188,7 @@ fn a_triple_fault_is_reported_as_such() {
     let code = [0x0f, 0x01, 0x1d, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x0b];
     let mut machine = rig.boot(&code, 1).unwrap();
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::TripleFault { vcpu: 0 });
+    assert_eq!(end(&machine), MachineExit::TripleFault { vcpu: 0 });
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn a_paused_guest_does_not_run_and_resumes() {
     }
     machine.memory().guest.write_obj(1u32, STOP).unwrap();
     machine.resume().unwrap();
-    assert_eq!(end(&machine), ExitReason::PowerOff);
+    assert_eq!(end(&machine), MachineExit::PowerOff);
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn stop_ends_a_running_guest() {
     let mut machine = rig.boot(&counting(), 1).unwrap();
     machine.resume().unwrap();
     machine.stop().unwrap();
-    assert_eq!(end(&machine), ExitReason::Stopped);
+    assert_eq!(end(&machine), MachineExit::Stopped);
     let stopped_at = counter(&machine);
     machine.resume().unwrap();
     machine.pause().unwrap();
@@ -255,7 +255,7 @@ fn a_restored_machine_continues_where_it_was_saved() {
 
         clone.memory().guest.write_obj(1u32, STOP).unwrap();
         clone.resume().unwrap();
-        assert_eq!(end(&clone), ExitReason::PowerOff);
+        assert_eq!(end(&clone), MachineExit::PowerOff);
         assert!(counter(&clone) >= saved_at);
     }
 }

@@ -12,7 +12,7 @@ use rustix::fs::Mode;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::fdpass;
-use sm_control::launch::{LaunchRequest, Report};
+use sm_control::launch::{LaunchRequest, VmmReport};
 use sm_control::timings::{Phase, unix_nanos};
 use sm_control::with_causes;
 use sm_guest_proto::frame::{self, ExitStatus, FrameDecoder, FrameType};
@@ -86,7 +86,7 @@ fn take_launch_stream() -> io::Result<UnixStream> {
 /// Sends the launcher the hello of a VMM.
 fn greet(mut launcher: &UnixStream) {
     let mut bytes = Vec::new();
-    let greeted = serde_json::to_vec(&Report::Hello)
+    let greeted = serde_json::to_vec(&VmmReport::Hello)
         .map_err(io::Error::from)
         .and_then(|hello| {
             frame::encode(FrameType::Control, &hello, &mut bytes).map_err(io::Error::other)
@@ -200,7 +200,7 @@ fn refuse(mut launcher: UnixStream, failure: StartFailure) {
     let mut bytes = Vec::new();
     let encoded = frame::encode(FrameType::Exit, &payload, &mut bytes)
         .map_err(io::Error::other)
-        .and_then(|()| Ok(serde_json::to_vec(&Report::Ended(exit))?))
+        .and_then(|()| Ok(serde_json::to_vec(&VmmReport::Ended(exit))?))
         .and_then(|report| {
             frame::encode(FrameType::Control, &report, &mut bytes).map_err(io::Error::other)
         });

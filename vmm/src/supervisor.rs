@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{LaunchRequest, Report};
+use sm_control::launch::{LaunchRequest, VmmReport};
 use sm_control::timings::Phase;
 
 use self::clients::ConnectedClient;
@@ -213,7 +213,7 @@ impl<G: GuestMachine> Supervisor<G> {
         supervisor.set_timer(SupervisorTimer::Start, timeout);
         supervisor.add_client(launcher);
         for warning in parts.warnings {
-            supervisor.report(&Report::Warning(warning));
+            supervisor.report(&VmmReport::Warning(warning));
         }
         Ok(supervisor)
     }
@@ -444,7 +444,7 @@ impl<G: GuestMachine> Supervisor<G> {
     fn reach(&mut self, name: &str) {
         let phase = Phase::now(name);
         self.phases.push(phase.clone());
-        self.report(&Report::Phase(phase));
+        self.report(&VmmReport::Phase(phase));
     }
 }
 

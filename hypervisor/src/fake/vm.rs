@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::{BACKEND, FakeArch, FakeEvent, FakeSeed, Inner, PAGE, lock};
-use crate::state::{Blob, VmState};
+use crate::state::{Blob, VmSavedState};
 use crate::sys::Waker;
 use crate::{
     Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, VirtualMachine,
@@ -131,12 +131,12 @@ impl<A: FakeArch> VirtualMachine for FakeVm<A> {
         Ok(true)
     }
 
-    fn save(&self) -> Result<VmState, Error> {
+    fn save(&self) -> Result<VmSavedState, Error> {
         let pending = &lock(&self.shared.signals).pending;
         let bytes = postcard::to_stdvec(pending).map_err(|e| Error::State {
             reason: format!("interrupts cannot be encoded: {e}"),
         })?;
-        Ok(VmState {
+        Ok(VmSavedState {
             blob: Blob {
                 backend: BACKEND.to_owned(),
                 version: 1,
@@ -145,7 +145,11 @@ impl<A: FakeArch> VirtualMachine for FakeVm<A> {
         })
     }
 
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+    fn restore(
+        &self,
+        state: &VmSavedState,
+        vcpus: Vec<RestoredVcpu>,
+    ) -> Result<Vec<Finish>, Error> {
         let finishes = self.shared.identity.accept(self.vcpus, vcpus)?;
         if state.blob.backend != BACKEND {
             return Err(Error::State {

@@ -28,7 +28,7 @@
 //! | local APIC, MP state | `VcpuState` | |
 //! | events | its `events` blob | exceptions, interrupts, NMI, SMI, triple fault |
 //! | CPUID, TSC frequency | `VcpuState` | the guest keeps the processor it booted on |
-//! | PIC, IOAPIC, kvmclock | [`VmState`](crate::VmState) | there is no PIT: Linux does not need one |
+//! | PIC, IOAPIC, kvmclock | [`VmSavedState`](crate::VmSavedState) | there is no PIT: Linux does not need one |
 //!
 //! kvmclock continues from its saved value, as the time-stamp counter does: the guest's
 //! monotonic time does not jump, however long the machine was stopped. Its wall clock is

@@ -15,7 +15,7 @@ use super::vcpu::KvmSeed;
 use super::vm_shared::VmShared;
 use super::vm_state::{KvmVmStateV1, STATE_VERSION};
 use super::{BACKEND, Kvm, os};
-use crate::state::{Blob, VmState};
+use crate::state::{Blob, VmSavedState};
 use crate::{
     Doorbell, Error, Finish, Gsi, IrqLine, IrqTrigger, MemoryRegion, RestoredVcpu, VirtualMachine,
     VmParameters, Wake, X86_64,
@@ -193,7 +193,7 @@ impl VirtualMachine for KvmVm {
         Ok(true)
     }
 
-    fn save(&self) -> Result<VmState, Error> {
+    fn save(&self) -> Result<VmSavedState, Error> {
         self.shared.ensure_controllers()?;
         let clock = self.fd().get_clock().map_err(os("read the clock"))?;
         let state = KvmVmStateV1 {
@@ -205,7 +205,7 @@ impl VirtualMachine for KvmVm {
         let bytes = postcard::to_stdvec(&state).map_err(|e| Error::State {
             reason: format!("interrupt controllers cannot be encoded: {e}"),
         })?;
-        Ok(VmState {
+        Ok(VmSavedState {
             blob: Blob {
                 backend: BACKEND.to_owned(),
                 version: STATE_VERSION,
@@ -214,7 +214,11 @@ impl VirtualMachine for KvmVm {
         })
     }
 
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+    fn restore(
+        &self,
+        state: &VmSavedState,
+        vcpus: Vec<RestoredVcpu>,
+    ) -> Result<Vec<Finish>, Error> {
         let finishes = self.shared.identity.accept(self.shared.vcpus, vcpus)?;
         let blob = &state.blob;
         if blob.backend != BACKEND || blob.version != STATE_VERSION {

@@ -117,7 +117,7 @@ pub type VcpuState = VcpuStateV1;
 /// State of one AArch64 vCPU, version 1: everything that the architecture defines, and
 /// [`Blob`]s for backend-specific state.
 ///
-/// The state of the interrupt controller is in [`VmState`](super::VmState), except for the
+/// The state of the interrupt controller is in [`VmSavedState`](super::VmSavedState), except for the
 /// part that a vCPU's own thread has to write after it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuStateV1 {

@@ -28,7 +28,7 @@ pub struct Blob {
 }
 
 /// The newest version of a VM's state, which backends save and restore.
-pub type VmState = VmStateV1;
+pub type VmSavedState = VmStateV1;
 
 /// State of interrupt controllers and clocks, version 1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,9 +56,9 @@ mod tests {
     proptest! {
         #[test]
         fn a_vm_survives_encoding(blob in blob()) {
-            let state = VmState { blob };
+            let state = VmSavedState { blob };
             let bytes = postcard::to_stdvec(&state).unwrap();
-            prop_assert_eq!(postcard::from_bytes::<VmState>(&bytes).unwrap(), state);
+            prop_assert_eq!(postcard::from_bytes::<VmSavedState>(&bytes).unwrap(), state);
         }
     }
 }

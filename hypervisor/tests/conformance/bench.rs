@@ -11,7 +11,7 @@ use std::time::Duration;
 use sm_hypervisor::state::x86_64::{BootRegisters, Segment, Table, VcpuState};
 use sm_hypervisor::{
     Bus, Exit, Hypervisor, Kicker, MemoryRegion, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed,
-    VirtualMachine, VmParameters, VmState, X86_64,
+    VirtualMachine, VmParameters, VmSavedState, X86_64,
 };
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 
@@ -249,7 +249,7 @@ impl<H: Backend> Bench<H> {
     }
 
     /// Restores vCPU 0 and the VM from saved state; `bus` stops the vCPU.
-    pub(crate) fn restore(&self, bus: &Recorder, vcpu: &VcpuState, vm: &VmState) -> VcpuOf<H> {
+    pub(crate) fn restore(&self, bus: &Recorder, vcpu: &VcpuState, vm: &VmSavedState) -> VcpuOf<H> {
         let seed = self.vm.create_vcpu(0).unwrap();
         bus.stops(seed.kicker());
         let (restoring, proof) = seed.bind_restored(vcpu).unwrap();
@@ -257,12 +257,22 @@ impl<H: Backend> Bench<H> {
     }
 
     /// Resets the only vCPU and its VM in place to earlier state.
-    pub(crate) fn reload(&self, vcpu: VcpuOf<H>, state: &VcpuState, vm: &VmState) -> VcpuOf<H> {
+    pub(crate) fn reload(
+        &self,
+        vcpu: VcpuOf<H>,
+        state: &VcpuState,
+        vm: &VmSavedState,
+    ) -> VcpuOf<H> {
         let (restoring, proof) = vcpu.reload(state).unwrap();
         self.finish(restoring, proof, vm)
     }
 
-    fn finish(&self, restoring: RestoringOf<H>, proof: RestoredVcpu, vm: &VmState) -> VcpuOf<H> {
+    fn finish(
+        &self,
+        restoring: RestoringOf<H>,
+        proof: RestoredVcpu,
+        vm: &VmSavedState,
+    ) -> VcpuOf<H> {
         let mut finishes = self.vm.restore(vm, vec![proof]).unwrap();
         assert_eq!(finishes.len(), 1);
         restoring.finish_restore(finishes.remove(0)).unwrap()

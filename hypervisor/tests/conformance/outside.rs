@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use sm_hypervisor::{
     Arch, Bus, Capabilities, Doorbell, Error, Exit, Finish, Gsi, Hypervisor, IrqLine, IrqTrigger,
     Kicker, MemoryRegion, OpenError, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed, VirtualMachine,
-    VmIdentity, VmParameters, VmState, Wake,
+    VmIdentity, VmParameters, VmSavedState, Wake,
 };
 
 #[derive(Debug)]
@@ -94,11 +94,15 @@ impl<V: VirtualMachine> VirtualMachine for OutsideVm<V> {
         self.vm.add_doorbell(doorbell, wake)
     }
 
-    fn save(&self) -> Result<VmState, Error> {
+    fn save(&self) -> Result<VmSavedState, Error> {
         self.vm.save()
     }
 
-    fn restore(&self, state: &VmState, vcpus: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
+    fn restore(
+        &self,
+        state: &VmSavedState,
+        vcpus: Vec<RestoredVcpu>,
+    ) -> Result<Vec<Finish>, Error> {
         let finishes = self.shared.identity.accept(self.vcpus, vcpus)?;
         let proofs = std::mem::take(&mut *self.shared.proofs.lock().unwrap());
         let inner = self.vm.restore(state, proofs)?;

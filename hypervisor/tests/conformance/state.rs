@@ -2,7 +2,8 @@
 
 use sm_hypervisor::state::x86_64::VcpuState;
 use sm_hypervisor::{
-    Bus, Error, Exit, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, VirtualMachine as _, VmState,
+    Bus, Error, Exit, RestoringVcpu as _, Vcpu as _, VcpuSeed as _, VirtualMachine as _,
+    VmSavedState,
 };
 
 use crate::bench::{
@@ -63,7 +64,7 @@ fn vectors() -> Vec<u8> {
 
 struct Saved {
     vcpu: VcpuState,
-    vm: VmState,
+    vm: VmSavedState,
     memory: Vec<u8>,
     features: u32,
     /// Values that the guest wrote into model-specific registers.

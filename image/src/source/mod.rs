@@ -47,7 +47,7 @@ pub(crate) use self::registries::fuzz_registries;
 pub(crate) use self::registry::headers;
 #[cfg(feature = "registry")]
 pub use self::registry::{OpenBlob, Pushed, Pusher};
-#[cfg(all(feature = "containers-storage", feature = "fuzzing"))]
+#[cfg(all(feature = "containers-storage", any(feature = "fuzzing", test)))]
 pub(crate) use self::storage::tar_split;
 
 /// A layer of an image to be read.

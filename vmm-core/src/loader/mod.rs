@@ -34,13 +34,13 @@ pub const MAX_COMMAND_LINE: usize = 2047;
 ///
 /// - `console=ttyS0 quiet`: the console is COM1; every line there costs the guest time, so
 ///   only errors appear;
-/// - `panic=-1`: a panic ends the machine immediately, as [`ExitReason::Reset`];
+/// - `panic=-1`: a panic ends the machine immediately, as [`MachineExit::Reset`];
 /// - `pci=off 8250.nr_uarts=1`: no probing for absent devices;
 /// - `tsc=reliable`: no watchdog for the clock that the hypervisor guarantees;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB in guests with memory above the hole):
 ///   every device reaches all memory.
 ///
-/// [`ExitReason::Reset`]: crate::exit::ExitReason::Reset
+/// [`MachineExit::Reset`]: crate::exit::MachineExit::Reset
 pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off 8250.nr_uarts=1 \
      tsc=reliable swiotlb=noforce";
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError};
 use sm_hypervisor::{Arch, Bus, Error, Exit, RestoredVcpu, RestoringVcpu, Vcpu};
 
 use super::Command;
-use crate::exit::{ExitLatch, ExitReason};
+use crate::exit::{ExitLatch, MachineExit};
 
 /// Next step of a vCPU thread.
 enum Next<A: Arch> {
@@ -40,7 +40,7 @@ impl<A: Arch> Post<A> {
             }
             Ok(_) => {
                 // The restore of the machine failed halfway.
-                self.exit.report(ExitReason::Failed {
+                self.exit.report(MachineExit::Failed {
                     reason: format!("vCPU {}: its restore was not finished", self.index),
                 });
                 None
@@ -142,16 +142,16 @@ impl<V: Vcpu> Runner<V> {
                     Err(TryRecvError::Disconnected) => Next::End,
                 };
             }
-            Ok(Exit::Reset) => ExitReason::Reset,
-            Ok(Exit::Shutdown) => ExitReason::PowerOff,
-            Ok(Exit::TripleFault) => ExitReason::TripleFault { vcpu },
-            Ok(Exit::Halt) => ExitReason::Halted { vcpu },
-            Ok(Exit::Fault(info)) => ExitReason::Fault { vcpu, info },
+            Ok(Exit::Reset) => MachineExit::Reset,
+            Ok(Exit::Shutdown) => MachineExit::PowerOff,
+            Ok(Exit::TripleFault) => MachineExit::TripleFault { vcpu },
+            Ok(Exit::Halt) => MachineExit::Halted { vcpu },
+            Ok(Exit::Fault(info)) => MachineExit::Fault { vcpu, info },
             // An exit that was added to the seam later.
-            Ok(other) => ExitReason::Failed {
+            Ok(other) => MachineExit::Failed {
                 reason: format!("vCPU {vcpu}: an unknown exit, {other:?}"),
             },
-            Err(error) => ExitReason::Failed {
+            Err(error) => MachineExit::Failed {
                 reason: format!("vCPU {vcpu}: {}", chain(&error)),
             },
         };

@@ -12,7 +12,7 @@ use sm_control::publish::PublishedPort;
 use sm_control::with_causes;
 use sm_devices_vsock::ConnectOptions;
 use sm_snapshot::manifest::Layer;
-use sm_vmm_core::exit::ExitReason;
+use sm_vmm_core::exit::MachineExit;
 
 use super::{RunningMachine, failed};
 use crate::capturing::{Capturing, Made, Origin, Told};
@@ -262,7 +262,7 @@ impl GuestMachine for RunningMachine {
     }
 
     fn stop(&mut self) {
-        self.exit.report(ExitReason::Stopped);
+        self.exit.report(MachineExit::Stopped);
     }
 
     fn end_event(&self) -> BorrowedFd<'_> {
@@ -271,21 +271,21 @@ impl GuestMachine for RunningMachine {
 
     fn end(&self) -> Option<GuestEnd> {
         let what = match self.exit.reason()? {
-            ExitReason::Stopped => return Some(GuestEnd::Stopped),
-            ExitReason::PowerOff => "the guest powered itself off".to_owned(),
-            ExitReason::Reset => match self.machine.console().guest_panic() {
+            MachineExit::Stopped => return Some(GuestEnd::Stopped),
+            MachineExit::PowerOff => "the guest powered itself off".to_owned(),
+            MachineExit::Reset => match self.machine.console().guest_panic() {
                 Some(panic) => format!("the guest's kernel panicked: {panic}"),
                 None => "the guest reset itself".to_owned(),
             },
-            ExitReason::TripleFault { vcpu } => {
+            MachineExit::TripleFault { vcpu } => {
                 format!("vCPU {vcpu} of the guest met a triple fault")
             }
-            ExitReason::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted permanently"),
-            ExitReason::Fault { vcpu, info } => format!(
+            MachineExit::Halted { vcpu } => format!("vCPU {vcpu} of the guest halted permanently"),
+            MachineExit::Fault { vcpu, info } => format!(
                 "the hypervisor cannot run vCPU {vcpu} on: {} (at {:#x})",
                 info.reason, info.program_counter
             ),
-            ExitReason::Failed { reason } => {
+            MachineExit::Failed { reason } => {
                 return Some(GuestEnd::Host(format!(
                     "the VM failed on the host: {reason}"
                 )));

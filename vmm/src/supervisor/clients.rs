@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
-use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Report, Status};
+use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Status, VmmReport};
 use sm_guest_proto::frame::FrameType;
 
 use super::stage::{MachineActivity, Resetting, RunningStage, Startup, SupervisorStage};
@@ -441,7 +441,7 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     /// Sends a report to launcher and attached clients.
-    pub(super) fn report(&mut self, report: &Report) {
+    pub(super) fn report(&mut self, report: &VmmReport) {
         for client in self.clients.values_mut() {
             if client.is_launcher() || client.is_attached() {
                 client.conn.queue_json(FrameType::Control, report);

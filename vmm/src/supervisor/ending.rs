@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
-use sm_control::launch::Report;
+use sm_control::launch::VmmReport;
 use sm_control::signal;
 use sm_control::timings::unix_nanos;
 use sm_control::with_causes;
@@ -388,7 +388,7 @@ impl<G: GuestMachine> Supervisor<G> {
         .to_payload();
         self.conclude_signals();
         self.broadcast(FrameType::Exit, &payload);
-        self.report(&Report::Ended(exit));
+        self.report(&VmmReport::Ended(exit));
         self.close_clients();
         self.main = None;
         if written {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sm_control::exit::FailureCause;
 use sm_control::id::{hex, random};
-use sm_control::launch::{ControlAnswer, Report, StartSource, Testimony};
+use sm_control::launch::{ControlAnswer, StartSource, Testimony, VmmReport};
 use sm_control::timings::unix_nanos;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
@@ -218,7 +218,7 @@ impl<G: GuestMachine> Supervisor<G> {
             (Purpose::IdentityReport { requested_ns }, ControlReply::Evidence(evidence)) => {
                 let (told, now) = (evidence.realtime_ns, unix_nanos());
                 let early = requested_ns.saturating_sub(told);
-                self.report(&Report::Evidence(Testimony {
+                self.report(&VmmReport::Evidence(Testimony {
                     evidence,
                     clock_error_ns: early.max(told.saturating_sub(now)),
                 }));
@@ -278,7 +278,7 @@ impl<G: GuestMachine> Supervisor<G> {
         let phase =
             sm_control::timings::Phase::at("kernel reached init", at_ns.saturating_sub(after_init));
         self.phases.insert(ready, phase.clone());
-        self.report(&Report::Phase(phase));
+        self.report(&VmmReport::Phase(phase));
     }
 
     /// The guest is frozen for an image snapshot like a workload, although none runs yet:
@@ -443,7 +443,7 @@ impl<G: GuestMachine> Supervisor<G> {
         );
         self.started_ns = unix_nanos();
         self.reach("workload started");
-        self.report(&Report::Started { pid });
+        self.report(&VmmReport::Started { pid });
         self.release_launcher();
         if let Some(guest) = &mut self.guest {
             guest.workload_started();

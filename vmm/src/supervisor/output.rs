@@ -1,6 +1,6 @@
 //! Output of the workload: to the log, and to attached clients.
 
-use sm_control::launch::{ControlAnswer, Report};
+use sm_control::launch::{ControlAnswer, VmmReport};
 use sm_guest_proto::frame::FrameType;
 
 use super::Supervisor;
@@ -32,7 +32,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 client.conn.queue(kind, payload);
             } else if !std::mem::replace(&mut client.missed_output, true) {
                 let text = "output is missing here, because it was not read in time: see the log";
-                let report = Report::Warning(text.to_owned());
+                let report = VmmReport::Warning(text.to_owned());
                 client.conn.queue_json(FrameType::Control, &report);
             }
         }

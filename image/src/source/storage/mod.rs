@@ -36,7 +36,7 @@ use crate::error::{Cause, ErrorKind};
 use crate::platform::Platform;
 
 /// Returns the stream of a layer from its tar-split data and its directory.
-#[cfg(feature = "fuzzing")]
+#[cfg(any(feature = "fuzzing", test))]
 pub(crate) fn tar_split(entries: File, layer: OwnedFd) -> impl Read {
     TarSplit::new(entries, layer)
 }
