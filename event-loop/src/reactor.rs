@@ -139,6 +139,13 @@ impl<T> Reactor<T> {
         self.timers.cancel(timer)
     }
 
+    /// Returns true until [`cancel_timer`](Self::cancel_timer) or
+    /// [`pop_timer`](Self::pop_timer) removes the timer, also while it is due.
+    #[must_use]
+    pub fn has_timer(&self, timer: Timer) -> bool {
+        self.timers.contains(timer)
+    }
+
     /// Removes the first timer that is due by `now`, and returns its target.
     pub fn pop_timer(&mut self, now: Instant) -> Option<T> {
         self.timers.pop(now)
@@ -322,8 +329,10 @@ mod tests {
             let timer = reactor.set_timer(day, round);
             assert_eq!(timer.at(), day);
             assert_eq!(reactor.timers(), 1);
+            assert!(reactor.has_timer(timer));
             assert_eq!(reactor.cancel_timer(timer), Some(round));
             assert_eq!(reactor.cancel_timer(timer), None);
+            assert!(!reactor.has_timer(timer));
         }
         assert_eq!(reactor.timers(), 0);
         assert_eq!(reactor.pop_timer(day), None);

@@ -73,6 +73,12 @@ impl<T> Deadlines<T> {
         self.entries.remove(&timer)
     }
 
+    /// Returns true until the value of `timer` is taken or cancelled, also while it is due.
+    #[must_use]
+    pub fn contains(&self, timer: Timer) -> bool {
+        self.entries.contains_key(&timer)
+    }
+
     /// The earliest time at which something is due.
     #[must_use]
     pub fn earliest(&self) -> Option<Instant> {
@@ -116,15 +122,19 @@ mod tests {
         let mut deadlines = Deadlines::new();
         deadlines.set(after(3000), 1);
         let cancelled = deadlines.set(start, 2);
+        assert!(deadlines.contains(cancelled));
         deadlines.set(after(2), 3);
-        deadlines.set(after(1), 4);
+        let taken = deadlines.set(after(1), 4);
         deadlines.set(after(2), 5);
         assert_eq!(deadlines.cancel(cancelled), Some(2));
         assert_eq!(deadlines.cancel(cancelled), None);
+        assert!(!deadlines.contains(cancelled));
         assert_eq!(deadlines.earliest(), Some(after(1)));
         assert_eq!(deadlines.pop(start), None);
+        assert!(deadlines.contains(taken));
         let due: Vec<_> = std::iter::from_fn(|| deadlines.pop(after(2))).collect();
         assert_eq!(due, [4, 3, 5]);
+        assert!(!deadlines.contains(taken));
         assert_eq!(deadlines.earliest(), Some(after(3000)));
         assert_eq!(deadlines.len(), 1);
         deadlines.retain(|&value| value != 1);

@@ -150,6 +150,13 @@ pub(crate) struct Deadline {
     shared: Shared,
 }
 
+impl Deadline {
+    /// Returns true until the deadline has been delivered.
+    fn is_pending(&self) -> bool {
+        self.shared.borrow().has_timer(self.timer)
+    }
+}
+
 impl Drop for Deadline {
     fn drop(&mut self) {
         self.shared.borrow_mut().cancel_timer(self.timer);
@@ -222,9 +229,11 @@ impl Watched {
         let watch = &mut self.watch;
         if watch.starved && want.writable {
             want.writable = false;
-            let now = Instant::now();
-            if watch.retry.as_ref().is_none_or(|it| it.timer.at() <= now) {
-                watch.retry = Some(reactor.timer(now + SHORTAGE, Target::Io(token)));
+            // One that is due is kept until it is taken: other events of the batch come
+            // first, and their handlers may set the interest again.
+            if !watch.retry.as_ref().is_some_and(Deadline::is_pending) {
+                let at = Instant::now() + SHORTAGE;
+                watch.retry = Some(reactor.timer(at, Target::Io(token)));
             }
         } else {
             watch.retry = None;
@@ -357,6 +366,31 @@ mod tests {
         watched.set(&reactor, token, want).unwrap();
         let ready = first(&reactor.events());
         assert!(ready.readable && ready.writable);
+    }
+
+    #[test]
+    fn a_due_retry_is_delivered_although_other_events_come_first() {
+        let mut reactor = Reactor::new().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut watched = Watched::new(ours.into());
+        let token = Token::single(Class::Control, 3);
+        let want = Interest::READ.and(Interest::WRITE);
+        watched.set_starved(true);
+        watched.set(&reactor, token, want).unwrap();
+        theirs.write_all(b"x").unwrap();
+        // Afterwards the retry is due, and the socket still readable.
+        std::thread::sleep(SHORTAGE);
+        reactor.wait().unwrap();
+        let first = reactor.take_event();
+        assert!(matches!(first, Some(Event::Io(_, ready)) if ready.readable));
+        // Its handler sets the interest again before the retry is taken.
+        watched.set(&reactor, token, want).unwrap();
+        let second = reactor.take_event();
+        assert!(matches!(second, Some(Event::Io(t, Readiness::WRITABLE)) if t == token));
+        // Once delivered, there is another one while the kernel still lacks memory.
+        assert_eq!(reactor.counts().1, 0);
+        watched.set(&reactor, token, want).unwrap();
+        assert_eq!(reactor.counts().1, 1);
     }
 
     #[test]
