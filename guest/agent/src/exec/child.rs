@@ -5,9 +5,7 @@
 //! it. The process is single-threaded, so ordinary code (including allocation) is
 //! permitted after the fork.
 //!
-//! The result is written to the *status pipe*: first the process's own PID in the
-//! workload's namespace (`u32` LE), then nothing if the program runs (exec closes the
-//! pipe), or a status byte and a sentence.
+//! The result is written to the *status pipe* ([`super::status`]).
 
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -23,6 +21,7 @@ use rustix::process::{Pid, Resource, Rlimit as Limits, setrlimit};
 use sm_guest_proto::exec::{ExecRequest, Role, StageFile};
 
 use super::lookup::{DEFAULT_PATH, exec_error, find};
+use super::status::MAX_FAILURE;
 use super::stdio::ChildEnds;
 use super::{Launch, LaunchError};
 use crate::sys;
@@ -53,8 +52,7 @@ fn report(status: &mut Option<File>, error: &LaunchError) {
     };
     let mut bytes = vec![error.status];
     bytes.extend_from_slice(error.message.as_bytes());
-    // One write below PIPE_BUF is atomic, so a longer sentence is truncated.
-    bytes.truncate(4000);
+    bytes.truncate(MAX_FAILURE);
     let _ = status.write_all(&bytes);
 }
 

@@ -1,13 +1,14 @@
 //! Exec: one command per connection.
 //!
 //! [`session`] is the agent's side of a running command, [`stdio`] creates the
-//! descriptors between the two, [`child`] is the code that runs in the new process, and
-//! [`lookup`] finds its program.
+//! descriptors between the two, [`child`] is the code that runs in the new process,
+//! [`status`] passes its result, and [`lookup`] finds its program.
 
 pub(crate) mod child;
 mod input;
 pub(crate) mod lookup;
 pub(crate) mod session;
+mod status;
 pub(crate) mod stdio;
 
 use std::fs::File;

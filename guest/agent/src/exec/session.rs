@@ -25,6 +25,7 @@ use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, par
 
 use super::frame_limit;
 use super::input::Input;
+use super::status::{Report, Status};
 use super::stdio::{self, AgentEnds};
 use crate::reactor::{Class, Deadline, Interest, Reactor, Readiness, Token, Watched};
 use crate::sys;
@@ -95,8 +96,7 @@ pub(crate) struct Session {
     role: Role,
     tty: bool,
     pid: Option<Pid>,
-    status: Option<Watched>,
-    report: Vec<u8>,
+    status: Option<Status>,
     shown_pid: u32,
     stdin: Input,
     outputs: [Option<Output>; 2],
@@ -120,7 +120,6 @@ impl Session {
             tty: false,
             pid: None,
             status: None,
-            report: Vec::new(),
             shown_pid: 0,
             stdin: Input::default(),
             outputs: [None, None],
@@ -156,7 +155,7 @@ impl Session {
         self.role = request.role;
         self.tty = request.tty;
         self.pid = Some(pid);
-        self.status = Some(Watched::new(status));
+        self.status = Some(Status::new(status));
         self.stdin = Input::new(ends.stdin);
         let output = |fd| Output {
             fd: Watched::new(fd),
@@ -423,26 +422,17 @@ impl Session {
     // ---- the process ----
 
     fn read_status(&mut self) {
-        let Some(status) = &self.status else {
-            return;
-        };
-        let mut chunk = [0; 512];
-        loop {
-            match rustix::io::read(status, &mut chunk) {
-                Ok(0) => break,
-                Ok(count) => self.report.extend_from_slice(&chunk[..count]),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
-                Err(_) => break,
-            }
+        if let Some(report) = self.status.as_mut().and_then(Status::read) {
+            self.take_report(&report);
         }
+    }
+
+    fn take_report(&mut self, report: &Report) {
         self.status = None;
-        let report = std::mem::take(&mut self.report);
-        let (pid, failure) = report.split_first_chunk::<4>().unwrap_or((&[0; 4], &[]));
-        self.shown_pid = u32::from_le_bytes(*pid);
-        if let Some((status, message)) = failure.split_first() {
+        self.shown_pid = report.pid;
+        if let Some((status, message)) = &report.failure {
             self.close_streams();
-            self.refuse(*status, &String::from_utf8_lossy(message));
+            self.refuse(*status, message);
         } else {
             self.phase = Phase::Running;
             self.send_reply(&ExecReply::Started {
@@ -453,7 +443,9 @@ impl Session {
 
     /// Records that the command has exited and was reaped.
     pub(crate) fn exited(&mut self, status: u32, peak_rss_kib: u64) {
-        self.read_status();
+        if let Some(status) = self.status.take() {
+            self.take_report(&status.finish());
+        }
         self.exit = Some(ExitStatus {
             status: if self.timed_out { TIMED_OUT } else { status },
             peak_rss_kib: Some(peak_rss_kib),
@@ -570,7 +562,7 @@ impl Session {
                 .set(reactor, token(part::CLIENT), want.and(hangup))?;
         }
         if let Some(status) = &mut self.status {
-            status.set(reactor, token(part::STATUS), Interest::READ)?;
+            status.watch(reactor, token(part::STATUS))?;
         }
         self.stdin.watch(reactor, token(part::STDIN))?;
         let forwarding = self.phase == Phase::Running && flushed;

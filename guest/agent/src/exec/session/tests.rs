@@ -1,6 +1,8 @@
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use sm_event_loop::Slab;
+use sm_guest_proto::frame::FrameDecoder;
 
 use super::*;
 
@@ -9,12 +11,18 @@ const ABSENT: i32 = i32::MAX;
 
 /// Starts a command with a time limit of a day, and returns its session and client.
 fn running(reactor: &Reactor, sessions: &mut Slab<Session>) -> (Key, UnixStream) {
+    let (key, client, _) = starting(reactor, sessions);
+    (key, client)
+}
+
+/// Starts a command like [`running`], and also returns the child's end of its status pipe.
+fn starting(reactor: &Reactor, sessions: &mut Slab<Session>) -> (Key, UnixStream, std::fs::File) {
     let (client, ours) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let key = sessions.insert(Session::new(ours.into()));
     let session = sessions.get_mut(key).unwrap();
     let (stdout, _) = rustix::pipe::pipe().unwrap();
-    let (status, _) = stdio::status_pipe().unwrap();
+    let (status, child_status) = stdio::status_pipe().unwrap();
     let ends = AgentEnds {
         stdin: None,
         stdout,
@@ -27,7 +35,57 @@ fn running(reactor: &Reactor, sessions: &mut Slab<Session>) -> (Key, UnixStream)
         session.settle(reactor, key, &mut []),
         Ask::Nothing
     ));
-    (key, client)
+    (key, client, child_status.into())
+}
+
+/// Returns the kinds and payloads of the frames that a client has received.
+fn frames(mut client: UnixStream) -> Vec<(FrameType, Vec<u8>)> {
+    client.set_nonblocking(true).unwrap();
+    let mut bytes = Vec::new();
+    // The end, or that there is nothing more for now.
+    let _ = client.read_to_end(&mut bytes);
+    let mut decoder = FrameDecoder::new();
+    decoder.push(&bytes);
+    std::iter::from_fn(|| {
+        let frame = decoder.next_frame().unwrap()?;
+        Some((frame.kind, frame.payload.to_vec()))
+    })
+    .collect()
+}
+
+/// Root in the workload can open the status pipe through `/proc`.
+#[test]
+fn a_status_report_has_a_maximum_length() {
+    let reactor = Reactor::new().unwrap();
+    let mut sessions = Slab::new();
+    let (key, client, mut status) = starting(&reactor, &mut sessions);
+    status.write_all(&7_u32.to_le_bytes()).unwrap();
+    status.write_all(&[b'x'; 50_000]).unwrap();
+    let session = sessions.get_mut(key).unwrap();
+    session.ready(&reactor, key, part::STATUS, Readiness::default(), &mut []);
+    let frames = frames(client);
+    let kinds: Vec<_> = frames.iter().map(|(kind, _)| *kind).collect();
+    assert_eq!(kinds, [FrameType::Error, FrameType::Exit]);
+    assert_eq!(frames[0].1.len(), 3999);
+}
+
+#[test]
+fn a_status_pipe_that_is_held_open_does_not_hold_the_exit() {
+    let reactor = Reactor::new().unwrap();
+    let mut sessions = Slab::new();
+    let (key, client, mut status) = starting(&reactor, &mut sessions);
+    status.write_all(&7_u32.to_le_bytes()).unwrap();
+    let session = sessions.get_mut(key).unwrap();
+    session.exited(3, 0);
+    let mut scratch = vec![0; 100_000];
+    assert!(matches!(
+        session.settle(&reactor, key, &mut scratch),
+        Ask::Finished
+    ));
+    let frames = frames(client);
+    let kinds: Vec<_> = frames.iter().map(|(kind, _)| *kind).collect();
+    assert_eq!(kinds, [FrameType::Control, FrameType::Exit]);
+    assert_eq!(ExitStatus::parse(&frames[1].1).unwrap().status, 3);
 }
 
 #[test]
