@@ -2,7 +2,8 @@
 //!
 //! A request that takes time (attaching, freezing, powering off, waiting for a VM
 //! generation ID) makes its connection *busy*: no further requests are read from it until
-//! the answer is queued. Other connections are served meanwhile.
+//! the answer is queued. Nor is one read while the host has not accepted the last answer
+//! completely, so that at most one is in memory. Other connections are served meanwhile.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -90,10 +91,10 @@ impl Control {
         true
     }
 
-    /// Takes the next request, unless one is in progress. Protocol errors are answered
-    /// here.
+    /// Takes the next request, unless one is in progress or the last answer is not sent
+    /// yet. Protocol errors are answered here.
     pub(crate) fn next_request(&mut self) -> Option<ControlRequest> {
-        if !matches!(self.phase, Phase::Hello | Phase::Idle) {
+        if !matches!(self.phase, Phase::Hello | Phase::Idle) || !self.framed.is_flushed() {
             return None;
         }
         let parsed = match self.framed.decoder.next_frame() {
@@ -141,8 +142,8 @@ impl Control {
         }
         let mut want = match self.phase {
             Phase::Connecting => Interest::WRITE,
-            Phase::Hello | Phase::Idle => Interest::READ,
-            Phase::Busy => Interest::HANGUP,
+            Phase::Hello | Phase::Idle if flushed => Interest::READ,
+            Phase::Hello | Phase::Idle | Phase::Busy => Interest::HANGUP,
             Phase::Closing => Interest::NONE,
         };
         if !flushed {
@@ -162,4 +163,90 @@ pub(crate) fn dial() -> io::Result<OwnedFd> {
         sm_guest_proto::port::CONTROL,
     )?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::time::Instant;
+
+    use sm_guest_proto::exec::Hello;
+    use sm_guest_proto::frame::{FrameDecoder, encode};
+
+    use crate::reactor::Event;
+
+    /// Answers requests until there is none to be taken.
+    fn serve(control: &mut Control, reply: &ControlReply) -> usize {
+        let requests = std::iter::from_fn(|| {
+            control.next_request()?;
+            control.reply(reply);
+            Some(())
+        });
+        requests.count()
+    }
+
+    #[test]
+    fn a_host_that_does_not_read_is_not_answered_any_more() {
+        const REQUESTS: usize = 50;
+        let mut reactor = Reactor::new().unwrap();
+        let key = Key::new(0, 0);
+        let mut scratch = vec![0; 1 << 16];
+        let (mut host, ours) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut control = Control::accepted(ours.into());
+        let hello = ControlRequest::Hello(Hello {
+            protocol: PROTOCOL_VERSION,
+        });
+        let json = serde_json::to_vec(&hello).unwrap();
+        let mut bytes = Vec::new();
+        for _ in 0..REQUESTS {
+            encode(FrameType::Control, &json, &mut bytes).unwrap();
+        }
+        host.write_all(&bytes).unwrap();
+        // Several of these fill the socket's buffer.
+        let reply = ControlReply::Error {
+            message: "x".repeat(50_000),
+        };
+        assert!(control.settle(&reactor, key));
+        assert!(matches!(reactor.events()[..], [Event::Io(_, ready)]
+            if control.ready(ready, &mut scratch)));
+        let mut answered = serve(&mut control, &reply);
+        assert!(answered < REQUESTS, "all answers are in memory");
+        // More requests do not wake the agent either.
+        host.write_all(&bytes).unwrap();
+        assert!(control.settle(&reactor, key));
+        let _wake = reactor.deadline(Instant::now(), Token::single(Class::Power, 0));
+        assert!(matches!(reactor.events()[..], [Event::Timer(_)]));
+
+        let reader = std::thread::spawn(move || {
+            let mut decoder = FrameDecoder::new();
+            let mut chunk = vec![0; 1 << 16];
+            let mut seen = 0;
+            while seen < 2 * REQUESTS {
+                let count = host.read(&mut chunk).unwrap();
+                assert!(count > 0, "the connection ended");
+                decoder.push(&chunk[..count]);
+                while decoder.next_frame().unwrap().is_some() {
+                    seen += 1;
+                }
+            }
+            host
+        });
+        while answered < 2 * REQUESTS || !control.framed.is_flushed() {
+            for event in reactor.events() {
+                if let Event::Io(_, ready) = event {
+                    assert!(control.ready(ready, &mut scratch));
+                }
+                answered += serve(&mut control, &reply);
+                assert!(control.settle(&reactor, key));
+            }
+        }
+        // The connection still notices its end.
+        drop(reader.join().unwrap());
+        let events = reactor.events();
+        assert!(matches!(events[..], [Event::Io(_, ready)]
+            if !control.ready(ready, &mut scratch)));
+    }
 }
