@@ -241,6 +241,8 @@ impl Watched {
         if want == watch.current {
             return Ok(());
         }
+        #[cfg(test)]
+        refusal::check(want)?;
         let mut shared = reactor.shared.borrow_mut();
         let fd = self.fd.as_fd();
         match watch.registration.take() {
@@ -273,6 +275,33 @@ impl Watched {
 impl AsFd for Watched {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// Injection of ENOMEM into registrations of the current thread.
+#[cfg(test)]
+pub(crate) mod refusal {
+    use std::cell::Cell;
+    use std::io;
+
+    use super::Interest;
+
+    thread_local! {
+        static FAILING: Cell<u32> = const { Cell::new(0) };
+    }
+
+    /// Refuses the next `count` changes of an interest of this thread.
+    pub(crate) fn begin(count: u32) {
+        FAILING.set(count);
+    }
+
+    pub(super) fn check(want: Interest) -> io::Result<()> {
+        let left = FAILING.get();
+        if left == 0 || want == Interest::NONE {
+            return Ok(());
+        }
+        FAILING.set(left - 1);
+        Err(rustix::io::Errno::NOMEM.into())
     }
 }
 

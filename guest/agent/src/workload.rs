@@ -144,15 +144,16 @@ impl Workload {
             SocketFlags::CLOEXEC,
             None,
         )?;
+        // Before the fork, because init would have to be killed if this failed.
+        let mut channel = Watched::new(ours);
+        let token = Token::single(Class::Workload, part::CHANNEL);
+        channel.set(reactor, token, Interest::READ)?;
         let kinds = sys::NEW_PIDS | sys::NEW_MOUNTS;
         match fork_agent(kinds, Some(cgroup))? {
             Fork::Child => init::run(theirs, &self.directory, plan),
             Fork::Parent(pid) => {
-                let mut channel = Watched::new(ours);
-                let token = Token::single(Class::Workload, part::CHANNEL);
                 self.init = Some(pid);
                 self.state = State::Attaching;
-                channel.set(reactor, token, Interest::READ)?;
                 self.channel = Some(channel);
             }
         }
@@ -372,4 +373,37 @@ pub(crate) fn fork_agent(
 ) -> io::Result<Fork> {
     // SAFETY: the agent never starts a thread (see the crate's documentation).
     unsafe { sys::fork(namespaces, cgroup) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reactor::refusal;
+    use sm_guest_proto::control::Upper;
+
+    #[test]
+    fn nothing_is_forked_whose_channel_cannot_be_watched() {
+        let directory = tempfile::tempdir().unwrap();
+        // Not a cgroup, so that a fork into it fails.
+        let cgroup = File::open(directory.path()).unwrap();
+        let reactor = Reactor::new().unwrap();
+        let mut workload = Workload::new(directory.path().into()).unwrap();
+        let plan = AttachRoot {
+            lower: "/".into(),
+            upper: Upper::Tmpfs { size: 1 },
+            hostname: "box".into(),
+            extra_hosts: Vec::new(),
+            nameservers: Vec::new(),
+            shm_size: 1,
+            read_only: false,
+        };
+        for (refused, errno) in [(1, libc::ENOMEM), (0, libc::EBADF)] {
+            refusal::begin(refused);
+            let failed = workload.begin_attach(&plan, cgroup.as_fd(), &reactor);
+            assert_eq!(failed.unwrap_err().raw_os_error(), Some(errno));
+            // It can be tried again.
+            assert!(!workload.exists() && workload.init().is_none());
+            assert_eq!(reactor.counts(), (0, 0));
+        }
+    }
 }
