@@ -530,8 +530,12 @@ impl Session {
             return Ask::Finished;
         }
         if self.watch(reactor, key).is_err() {
-            // Out of memory or epoll watches: this command cannot be served.
+            // Out of memory or epoll watches: this command cannot be served, and without
+            // a process nothing settles its session again.
             self.lose_client(reactor, key);
+            if self.is_finished() {
+                return Ask::Finished;
+            }
         }
         Ask::Nothing
     }

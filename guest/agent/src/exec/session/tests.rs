@@ -5,6 +5,7 @@ use sm_event_loop::Slab;
 use sm_guest_proto::frame::FrameDecoder;
 
 use super::*;
+use crate::reactor::refusal;
 
 /// A process that does not exist: signals for it go nowhere.
 const ABSENT: i32 = i32::MAX;
@@ -86,6 +87,17 @@ fn a_status_pipe_that_is_held_open_does_not_hold_the_exit() {
     let kinds: Vec<_> = frames.iter().map(|(kind, _)| *kind).collect();
     assert_eq!(kinds, [FrameType::Control, FrameType::Exit]);
     assert_eq!(ExitStatus::parse(&frames[1].1).unwrap().status, 3);
+}
+
+#[test]
+fn a_client_that_cannot_be_watched_leaves_no_session() {
+    let reactor = Reactor::new().unwrap();
+    let (_client, ours) = UnixStream::pair().unwrap();
+    let mut session = Session::new(ours.into());
+    refusal::begin(1);
+    // Nothing would ever settle it again.
+    let ask = session.settle(&reactor, Key::new(0, 0), &mut []);
+    assert!(matches!(ask, Ask::Finished), "{ask:?}");
 }
 
 #[test]
