@@ -381,7 +381,9 @@ impl Connection {
             }
             None => Ok(()),
         };
-        host.is_ok() && tcp.is_ok()
+        // A connection that cannot be watched is cut off, with bytes possibly unread.
+        self.aborted |= host.is_err() || tcp.is_err();
+        !self.aborted
     }
 
     pub(super) fn close(self) {

@@ -69,7 +69,7 @@ mod tests {
     use sm_guest_proto::forward::{ForwardHeader, ForwardStatus};
 
     use super::*;
-    use crate::reactor::{Class, Event};
+    use crate::reactor::{Class, Event, refusal};
     use crate::sending::shortage;
 
     /// Handles events until the connection is over.
@@ -133,6 +133,25 @@ mod tests {
         assert!(outcome.0 == sent);
         assert_eq!(outcome.1.first(), Some(&(ForwardStatus::Connected as u8)));
         assert!(outcome.1[1..] == sent);
+    }
+
+    #[test]
+    fn a_connection_that_cannot_be_watched_is_reset() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (mut host, agents) = UnixStream::pair().unwrap();
+        let header = ForwardHeader { port, wait_ms: 0 }.encode();
+        host.write_all(&header).unwrap();
+        let mut reactor = Reactor::new().unwrap();
+        let mut forwards = Forwards::default();
+        forwards.accept(&reactor, agents.into());
+        // Refused once the connection to the server exists.
+        serve(&mut reactor, &mut forwards, || refusal::begin(2));
+        refusal::begin(0);
+        let (mut tcp, _) = listener.accept().unwrap();
+        // An end of file would look as if the host had sent everything.
+        let error = tcp.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     }
 
     #[test]
