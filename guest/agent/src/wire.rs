@@ -73,9 +73,14 @@ impl Framed {
         self.out.is_empty()
     }
 
-    /// Returns true if sending has failed permanently.
+    /// Returns true if sending has failed permanently, or the stream is invalid.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Ends the use of a connection whose stream is invalid: it counts as broken.
+    pub(crate) fn invalidate(&mut self) {
+        self.broken = true;
     }
 
     /// Sends a small frame. A payload that exceeds the protocol's limit, which no caller

@@ -298,9 +298,13 @@ impl Session {
     fn protocol_error(&mut self, message: &str) {
         match self.phase {
             Phase::Hello | Phase::Request => self.refuse(125, message),
-            // The stream cannot be resynchronised, so the client is treated as
-            // disconnected.
-            _ => self.detach(),
+            // The stream cannot be resynchronised, so the client is lost: `settle` treats
+            // it as disconnected.
+            _ => {
+                if let Some(client) = &mut self.client {
+                    client.invalidate();
+                }
+            }
         }
     }
 

@@ -39,6 +39,15 @@ fn starting(reactor: &Reactor, sessions: &mut Slab<Session>) -> (Key, UnixStream
     (key, client, child_status.into())
 }
 
+impl Session {
+    /// Handles an event as the agent does.
+    fn turn(&mut self, reactor: &Reactor, key: Key, which: u8) {
+        let mut scratch = vec![0; 100_000];
+        self.ready(reactor, key, which, Readiness::UNKNOWN, &mut scratch);
+        self.settle(reactor, key, &mut scratch);
+    }
+}
+
 /// Returns the kinds and payloads of the frames that a client has received.
 fn frames(mut client: UnixStream) -> Vec<(FrameType, Vec<u8>)> {
     client.set_nonblocking(true).unwrap();
@@ -98,6 +107,22 @@ fn a_client_that_cannot_be_watched_leaves_no_session() {
     // Nothing would ever settle it again.
     let ask = session.settle(&reactor, Key::new(0, 0), &mut []);
     assert!(matches!(ask, Ask::Finished), "{ask:?}");
+}
+
+#[test]
+fn a_protocol_error_of_a_started_command_counts_as_a_lost_client() {
+    let reactor = Reactor::new().unwrap();
+    let mut sessions = Slab::new();
+    let (key, mut client, status) = starting(&reactor, &mut sessions);
+    drop(status);
+    let session = sessions.get_mut(key).unwrap();
+    session.turn(&reactor, key, part::STATUS);
+    client.write_all(b"GET / HTTP/1.1\r\n").unwrap();
+    session.turn(&reactor, key, part::CLIENT);
+    // The command has been sent SIGHUP, and its time until SIGKILL runs.
+    assert!(session.hangup.is_some());
+    assert!(session.outputs.iter().all(Option::is_none));
+    assert!(session.client.is_none());
 }
 
 #[test]
