@@ -360,6 +360,13 @@ fn join_and_become(
     if joined.is_err() {
         sys::exit_now(125);
     }
+    // The parent of a chain executes no program, which would close the descriptors of the
+    // agent. A pipe of another command that the agent closes would stay open.
+    let mut keep = vec![status.as_fd()];
+    if let ChildEnds::Pipes(pipes) = ends {
+        keep.extend(pipes.iter().map(AsFd::as_fd));
+    }
+    sys::close_all_but(&keep);
     child::become_command(launch, ends, status)
 }
 

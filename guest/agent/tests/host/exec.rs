@@ -27,6 +27,10 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     ("terminals", terminals),
     ("chains_and_staged_files", chains_and_staged_files),
+    (
+        "a_chain_holds_no_descriptors_of_the_agent",
+        a_chain_holds_no_descriptors_of_the_agent,
+    ),
     ("a_client_disconnects", a_client_disconnects),
     (
         "left_behind_children_do_not_hold_the_exit",
@@ -259,6 +263,24 @@ fn chains_and_staged_files() {
     let mut connection = start_running(agent.path(), &request);
     connection.send(FrameType::Signal, &[15]);
     assert_eq!(connection.collect().status, Some(143));
+}
+
+/// The parent of a chain is a fork of the agent that executes no program.
+fn a_chain_holds_no_descriptors_of_the_agent() {
+    let agent = Agent::attached();
+    let mut request = shell("cat");
+    request.stdin = true;
+    let mut reader = start_running(agent.path(), &request);
+    let kinds = "ls -l /proc/$PPID/fd | grep -c -e socket: -e eventpoll -e mnt: -e cgroup:";
+    let mut request = shell("true");
+    request.chain = vec![shell(&format!("{kinds}; exec sleep 1000")).argv];
+    let mut chain = start_running(agent.path(), &request);
+    assert_eq!(chain.next_kind(FrameType::Stdout), b"0\n");
+    // The agent has the only writing end of this pipe.
+    reader.send(FrameType::Stdin, b"");
+    assert_eq!(reader.collect().status, Some(0));
+    chain.send(FrameType::Signal, &[15]);
+    assert_eq!(chain.collect().status, Some(143));
 }
 
 fn a_client_disconnects() {
