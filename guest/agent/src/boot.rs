@@ -28,7 +28,7 @@ const MODULES: &str = "/sm/modules.list";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Message for users who run the agent by hand.
-const NOT_INIT: &[u8] = b"sm-guest-agent: this is the init of a guest, and cannot run elsewhere\n";
+const NOT_INIT: &str = "sm-guest-agent: this is the init of a guest, and cannot run elsewhere\n";
 
 /// Runs the agent as PID 1, and exits if the process is not PID 1. It never returns and
 /// ends in power-off. A failure panics, and the kernel with it, so that the reason is on
@@ -36,7 +36,7 @@ const NOT_INIT: &[u8] = b"sm-guest-agent: this is the init of a guest, and canno
 pub fn run() -> ! {
     // The following steps change the machine, and finally power it off.
     if std::process::id() != 1 {
-        let _ = rustix::io::write(rustix::stdio::stderr(), NOT_INIT);
+        log::to_stderr(NOT_INIT);
         std::process::exit(1);
     }
     let init_us = uptime_us();

@@ -37,6 +37,8 @@
 //! - **Bounded memory.** All connections share one scratch buffer; a connection whose
 //!   peer is slower is not read.
 #![warn(missing_docs)]
+// These macros panic if the stream is closed or full; `log` ignores such failures.
+#![warn(clippy::print_stderr, clippy::print_stdout)]
 
 mod agent;
 mod bind;

@@ -24,6 +24,7 @@ use super::lookup::{DEFAULT_PATH, exec_error, find};
 use super::status::MAX_FAILURE;
 use super::stdio::ChildEnds;
 use super::{Launch, LaunchError};
+use crate::log;
 use crate::sys;
 use crate::users::{Account, resolve};
 
@@ -125,7 +126,7 @@ fn run_chain(request: &ExecRequest, env: &[String], status: &mut Option<File>) -
                 if index == 0 {
                     report(status, &error);
                 } else {
-                    eprintln!("sm: {}", error.message);
+                    log::to_stderr(&format!("sm: {}\n", error.message));
                 }
                 sys::exit_now(error.status);
             }

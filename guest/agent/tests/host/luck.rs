@@ -16,6 +16,10 @@ pub(crate) const TESTS: &[Test] = &[
         connections_wait_while_descriptors_are_exhausted,
     ),
     (
+        "nowhere_to_log_to_ends_nothing",
+        nowhere_to_log_to_ends_nothing,
+    ),
+    (
         "nothing_below_a_replaced_dev_is_opened",
         nothing_below_a_replaced_dev_is_opened,
     ),
@@ -79,6 +83,24 @@ fn connections_wait_while_descriptors_are_exhausted() {
     assert_eq!(run(agent.path(), &shell("echo new")).text(), "new\n");
     session.send(FrameType::Stdin, b"");
     assert_eq!(session.collect().status, Some(0));
+}
+
+/// Without a kernel log, lines go to standard error, which fails here.
+fn nowhere_to_log_to_ends_nothing() {
+    let agent = Agent::after(
+        "mount -t tmpfs none /dev
+         mknod -m 666 /dev/null c 1 3
+         mknod -m 666 /dev/full c 1 7
+         mknod -m 666 /dev/urandom c 1 9
+         exec 2>/dev/full",
+    )
+    .attach();
+    // An unexpected exit of PID 1 is logged.
+    let init = rustix::process::Pid::from_raw(children(agent.pid())[0].cast_signed()).unwrap();
+    rustix::process::kill_process(init, rustix::process::Signal::KILL).unwrap();
+    let mut control = agent.control();
+    let off = ControlRequest::PowerOff { grace_ms: 0 };
+    assert_eq!(control.ask(&off), ControlReply::Done);
 }
 
 fn report(control: &mut ControlClient) -> Evidence {
