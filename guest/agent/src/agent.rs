@@ -8,6 +8,8 @@ mod progress;
 mod report;
 mod requests;
 mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -207,7 +209,7 @@ impl Agent {
                         self.resume_accepting();
                     }
                 }
-                Class::Control => self.finish_refresh(),
+                Class::Control => self.refresh_deadline(),
                 Class::Workload => self.workload_deadline(token.part),
                 Class::Power => self.power_deadline(token.part),
                 Class::Listener => self.resume_accepting(),

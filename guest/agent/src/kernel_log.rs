@@ -16,6 +16,10 @@ use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 
 const RESEEDED: &[u8] = b"crng reseeded due to virtual machine fork";
 
+/// Size of the longest record that a version of Linux returns (`CONSOLE_EXT_LOG_MAX`). A
+/// read with less space fails, and skips the record.
+const MAX_RECORD: usize = 8192;
+
 /// A reader of the kernel log that starts at its end.
 #[derive(Debug)]
 pub(crate) struct KernelLog {
@@ -29,9 +33,14 @@ impl KernelLog {
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/kmsg")?;
         log.seek(SeekFrom::End(0))?;
-        Ok(Self {
-            watched: Watched::new(OwnedFd::from(log)),
-        })
+        Ok(Self::new(log.into()))
+    }
+
+    /// Creates a reader of a non-blocking file that returns one record per read.
+    pub(crate) fn new(log: OwnedFd) -> Self {
+        Self {
+            watched: Watched::new(log),
+        }
     }
 
     /// Starts or stops reporting new records as events. While it is on, every logged line
@@ -47,18 +56,21 @@ impl KernelLog {
 
     /// Reads records logged since the last call. Returns true if one of them reports a
     /// new VM generation ID.
-    pub(crate) fn vm_fork_seen(&mut self) -> bool {
-        let mut record = [0; 2048];
+    ///
+    /// # Errors
+    /// The log cannot be read, and remains ready.
+    pub(crate) fn vm_fork_seen(&mut self) -> io::Result<bool> {
+        let mut record = [0; MAX_RECORD];
         let mut seen = false;
         loop {
-            // Each read returns one record.
             match rustix::io::read(&self.watched, &mut record) {
-                Ok(0) => return seen,
+                Ok(0) | Err(Errno::AGAIN) => return Ok(seen),
                 Ok(count) => seen |= is_vm_fork(record.get(..count).unwrap_or_default()),
                 // EPIPE: records were overwritten before they were read; the next read
                 // continues with the oldest remaining one.
                 Err(Errno::PIPE | Errno::INTR) => {}
-                Err(_) => return seen,
+                Err(_) if seen => return Ok(true),
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -8,6 +8,7 @@ use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
 use crate::cgroup::Events;
+use crate::kernel_log::KernelLog;
 use crate::reactor::{Class, Token};
 use crate::waiting::Waiting;
 use crate::workload::Attached;
@@ -125,12 +126,25 @@ impl Agent {
 
     /// Searches the kernel log for a new VM generation ID.
     pub(crate) fn check_vmgenid(&mut self) {
-        if let Some(kernel_log) = &mut self.kernel_log {
-            self.vmgenid_seen |= kernel_log.vm_fork_seen();
+        match self.kernel_log.as_mut().map(KernelLog::vm_fork_seen) {
+            Some(Ok(seen)) => self.vmgenid_seen |= seen,
+            Some(Err(error)) => {
+                log::error("read the kernel log", error);
+                // It would wake the agent continuously.
+                self.watch_kernel_log(false);
+            }
+            None => {}
         }
         if self.vmgenid_seen {
             self.finish_refresh();
         }
+    }
+
+    /// Answers a refresh that has waited for the VM generation ID for long enough. The
+    /// log is read once more, because watching it may have failed.
+    pub(super) fn refresh_deadline(&mut self) {
+        self.check_vmgenid();
+        self.finish_refresh();
     }
 
     /// Answers a refresh that waits for the VM generation ID.
@@ -153,5 +167,89 @@ impl Agent {
         self.watch_kernel_log(true);
         let late = Token::single(Class::Control, control::part::VMGENID);
         self.refreshing = Some(Waiting::new(&self.reactor, key, late, wait));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::tests::{Fixture, HOUR};
+    use crate::reactor::{Event, refusal};
+    use std::os::fd::OwnedFd;
+
+    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socketpair};
+
+    const FORK: &[u8] = b"5,9,9,-;random: crng reseeded due to virtual machine fork\n";
+
+    /// Returns a model of the kernel log: its writing end and its reader.
+    fn kernel_log() -> (OwnedFd, KernelLog) {
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (kernel, log) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        (kernel, KernelLog::new(log))
+    }
+
+    fn seen(reply: &ControlReply) -> bool {
+        match reply {
+            ControlReply::Refreshed(refreshed) => refreshed.vmgenid_seen,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_refresh_waits_for_the_generation_id_and_then_leaves_the_log_alone() {
+        let mut fixture = Fixture::new();
+        let (key, mut host) = fixture.host();
+        let (kernel, log) = kernel_log();
+        let agent = &mut fixture.agent;
+        agent.kernel_log = Some(log);
+        let before = agent.reactor.counts();
+        agent.wait_for_vmgenid(key, HOUR);
+        // A longer record than most.
+        let other = [&b"13,8,8,-;"[..], &[b'x'; 4000]].concat();
+        for record in [&other[..], FORK] {
+            send(&kernel, record, SendFlags::empty()).unwrap();
+        }
+        fixture.turn();
+        assert!(seen(&host.reply()));
+        assert_eq!(fixture.agent.reactor.counts(), before);
+    }
+
+    #[test]
+    fn a_log_that_could_not_be_watched_is_read_at_the_deadline() {
+        for is_logged in [true, false] {
+            let mut fixture = Fixture::new();
+            let (key, mut host) = fixture.host();
+            let (kernel, log) = kernel_log();
+            let agent = &mut fixture.agent;
+            agent.kernel_log = Some(log);
+            refusal::begin(1);
+            agent.wait_for_vmgenid(key, HOUR);
+            if is_logged {
+                send(&kernel, FORK, SendFlags::empty()).unwrap();
+            }
+            let late = Token::single(Class::Control, control::part::VMGENID);
+            agent.handle(Event::Timer(late));
+            assert_eq!(seen(&host.reply()), is_logged);
+        }
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_read_is_not_watched() {
+        let mut fixture = Fixture::new();
+        let (key, _host) = fixture.host();
+        // The writing end of a pipe without a reader is in an error state for ever.
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        drop(reader);
+        let agent = &mut fixture.agent;
+        agent.kernel_log = Some(KernelLog::new(writer));
+        let (before, _) = agent.reactor.counts();
+        agent.wait_for_vmgenid(key, HOUR);
+        assert_eq!(agent.reactor.counts().0, before + 1);
+        fixture.turn();
+        let agent = &fixture.agent;
+        assert_eq!(agent.reactor.counts().0, before);
+        // The deadline remains.
+        assert!(agent.refreshing.is_some());
     }
 }

@@ -55,7 +55,8 @@ impl Agent {
         self.cgroup.reset_counts();
         self.exec_oom_kills = 0;
         self.check_vmgenid();
-        if !self.vmgenid_seen && refresh.vmgenid_wait_ms > 0 && self.refreshing.is_none() {
+        let wanted = refresh.vmgenid_wait_ms > 0 && self.kernel_log.is_some();
+        if !self.vmgenid_seen && wanted && self.refreshing.is_none() {
             let wait = Duration::from_millis(u64::from(refresh.vmgenid_wait_ms.min(60_000)));
             self.wait_for_vmgenid(key, wait);
             return None;
