@@ -6,6 +6,7 @@ use sm_event_loop::Key;
 use sm_guest_proto::exec::{ExecRequest, Role};
 
 use super::Agent;
+use super::requests::POWERING_OFF;
 use crate::exec::session::Ask;
 use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
@@ -89,7 +90,7 @@ impl Agent {
         let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
         self.workload.check_ready().map_err(LaunchError::failed)?;
         if self.power.is_some() {
-            return Err(LaunchError::failed("the guest is powering off"));
+            return Err(LaunchError::failed(POWERING_OFF));
         }
         if request.argv.is_empty() {
             return Err(LaunchError::failed("the request names no command"));

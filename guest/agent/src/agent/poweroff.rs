@@ -17,7 +17,12 @@ mod part {
     pub(super) const GRACE: u8 = 0;
     pub(super) const FLUSH: u8 = 1;
     pub(super) const LINGER: u8 = 2;
+    pub(super) const KILL: u8 = 3;
 }
+
+/// Timeout for processes to end after SIGKILL. One that is blocked on a device or on a
+/// file system without a server may never end.
+const KILL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Timeout for clients to accept the rest of their output.
 const FLUSH_DEADLINE: Duration = Duration::from_millis(1000);
@@ -54,9 +59,10 @@ const MAX_GRACE: Duration = Duration::from_secs(3600);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
-    /// Processes have been sent SIGTERM.
+    /// Processes have been sent SIGTERM, and SIGKILL after the grace period.
     Terminating,
-    /// All processes have exited; their last output is sent to clients.
+    /// All processes have exited, or cannot be ended; their last output is sent to
+    /// clients.
     Flushing,
     /// The answer has been sent.
     Lingering,
@@ -83,15 +89,12 @@ impl PowerOff {
 impl Agent {
     /// Starts the power-off: SIGTERM for every process, SIGKILL after `grace`.
     pub(crate) fn begin_power_off(&mut self, key: Key, grace: Duration) {
-        if self.power.is_some() {
-            return;
-        }
         self.power = Some(PowerOff {
             key,
             stage: Stage::Terminating,
             deadline: None,
         });
-        log::note_failure("thaw", self.cgroup.freeze(false));
+        self.cancel_freeze();
         // The agent asks an init without a main command to exit by closing its channel.
         let waiting = self
             .workload
@@ -153,9 +156,7 @@ impl Agent {
             // A process leaves its cgroup before it is reaped. Wait for both, so that
             // every exit status has been reported.
             if !populated && !running && self.workload.init().is_none() {
-                self.cgroup.stop_watching();
-                self.advance(Stage::Flushing);
-                self.power_timer(FLUSH_DEADLINE, part::FLUSH);
+                self.begin_flush();
             }
         }
         if self.stage() == Stage::Flushing
@@ -171,6 +172,12 @@ impl Agent {
         }
     }
 
+    fn begin_flush(&mut self) {
+        self.cgroup.stop_watching();
+        self.advance(Stage::Flushing);
+        self.power_timer(FLUSH_DEADLINE, part::FLUSH);
+    }
+
     fn send_answer(&mut self) {
         self.advance(Stage::Lingering);
         self.power_timer(LINGER_DEADLINE, part::LINGER);
@@ -183,6 +190,12 @@ impl Agent {
         match (which, self.stage()) {
             (part::GRACE, Stage::Terminating) => {
                 log::note_failure("kill the workload", self.cgroup.kill());
+                self.power_timer(KILL_DEADLINE, part::KILL);
+                self.check_power();
+            }
+            (part::KILL, Stage::Terminating) => {
+                log::line(3, "processes remain after SIGKILL");
+                self.begin_flush();
                 self.check_power();
             }
             (part::FLUSH, Stage::Flushing) => self.send_answer(),
@@ -195,6 +208,10 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::tests::{Fixture, HOUR};
+    use crate::exec::session::Session;
+    use sm_guest_proto::control::ControlRequest;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn systemd_is_known_by_its_program() {
@@ -205,5 +222,65 @@ mod tests {
             assert!(!is_systemd(Path::new(name)), "{name}");
         }
         assert_eq!(stop_signal(rustix::process::getpid(), SIGTERM), SIGTERM);
+    }
+
+    /// Returns an agent with a command that does not end, and the command's session.
+    fn busy() -> (Fixture, UnixStream) {
+        let mut fixture = Fixture::new();
+        let (client, ours) = UnixStream::pair().unwrap();
+        let session = fixture.agent.sessions.insert(Session::new(ours.into()));
+        // No process is signalled but those of the cgroup, which is empty.
+        let pid = rustix::process::getpid();
+        fixture.agent.running.insert(pid, session);
+        (fixture, client)
+    }
+
+    fn is_complete(agent: &Agent) -> bool {
+        agent.power.as_ref().is_some_and(PowerOff::is_complete)
+    }
+
+    #[test]
+    fn processes_that_cannot_be_killed_do_not_hold_a_power_off() {
+        let (mut fixture, _client) = busy();
+        let (key, mut host) = fixture.host();
+        let agent = &mut fixture.agent;
+        agent.begin_power_off(key, HOUR);
+        for which in [part::GRACE, part::KILL] {
+            assert_eq!(agent.stage(), Stage::Terminating);
+            agent.power_deadline(which);
+        }
+        assert_eq!(agent.stage(), Stage::Lingering);
+        assert_eq!(host.reply(), ControlReply::Done);
+        agent.power_deadline(part::LINGER);
+        assert!(is_complete(agent));
+    }
+
+    #[test]
+    fn a_power_off_cancels_a_freeze_and_refuses_others() {
+        let (mut fixture, _client) = busy();
+        let (freezing, mut first) = fixture.host();
+        let (ending, mut second) = fixture.host();
+        let (late, _third) = fixture.host();
+        let agent = &mut fixture.agent;
+        agent.freezing = Some(agent.await_workload(crate::part::FREEZE, freezing, HOUR));
+        agent.begin_power_off(ending, HOUR);
+        let refused = |reply| match reply {
+            ControlReply::Error { message } => message.contains("powering off"),
+            _ => false,
+        };
+        assert!(refused(first.reply()));
+        // The only deadline is that of the power-off.
+        assert_eq!(agent.reactor.counts().1, 1);
+        for request in [
+            ControlRequest::Freeze,
+            ControlRequest::PowerOff { grace_ms: 0 },
+        ] {
+            assert!(refused(agent.perform(late, request).unwrap()));
+        }
+        assert_eq!(agent.reactor.counts().1, 1);
+        // The first power-off continues.
+        agent.running.clear();
+        agent.check_power();
+        assert_eq!(second.reply(), ControlReply::Done);
     }
 }

@@ -7,6 +7,7 @@ use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
+use super::requests::{POWERING_OFF, failed};
 use crate::cgroup::Events;
 use crate::kernel_log::KernelLog;
 use crate::reactor::{Class, Token};
@@ -91,6 +92,15 @@ impl Agent {
         self.cgroup.freeze(true)?;
         self.freezing = Some(self.await_workload(part::FREEZE, key, FREEZE_DEADLINE));
         Ok(())
+    }
+
+    /// Thaws the workload, which is to end. A freeze in progress is answered, because its
+    /// deadline would stop the watch of the cgroup that the power-off needs.
+    pub(super) fn cancel_freeze(&mut self) {
+        log::note_failure("thaw", self.cgroup.freeze(false));
+        if let Some(waiting) = self.freezing.take() {
+            self.answer(Some(waiting.key), &failed(POWERING_OFF));
+        }
     }
 
     /// Returns the answer to a freeze. A workload that cannot be confirmed as frozen is

@@ -13,7 +13,10 @@ use super::poweroff::stop_signal;
 use crate::identity;
 use crate::sys;
 
-fn failed(message: impl std::fmt::Display) -> ControlReply {
+/// Answer to what a power-off excludes.
+pub(super) const POWERING_OFF: &str = "the guest is powering off";
+
+pub(super) fn failed(message: impl std::fmt::Display) -> ControlReply {
     ControlReply::Error {
         message: message.to_string(),
     }
@@ -38,6 +41,7 @@ impl Agent {
             ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
             ControlRequest::PrepareSnapshot => return self.prepare(key),
             ControlRequest::SignalMain { signal, stop } => self.signal_main(signal, stop),
+            ControlRequest::PowerOff { .. } if self.power.is_some() => failed(POWERING_OFF),
             ControlRequest::PowerOff { grace_ms } => {
                 self.begin_power_off(key, Duration::from_millis(grace_ms));
                 return None;
@@ -92,6 +96,10 @@ impl Agent {
     }
 
     fn freeze(&mut self, key: Key) -> Option<ControlReply> {
+        if self.power.is_some() {
+            // Frozen processes would not end before the grace period does.
+            return Some(failed(POWERING_OFF));
+        }
         if self.freezing.is_some() {
             return Some(failed("the workload is already being stopped"));
         }
