@@ -67,6 +67,9 @@ impl Agent {
     pub(super) fn drop_control(&mut self, key: Key) {
         if self.controls.remove(key).is_some() {
             self.resume_accepting();
+            if self.power.is_some() {
+                self.check_power();
+            }
         }
     }
 }

@@ -209,7 +209,9 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::agent::tests::{Fixture, HOUR};
+    use crate::control;
     use crate::exec::session::Session;
+    use crate::reactor::{Event, Readiness};
     use sm_guest_proto::control::ControlRequest;
     use std::os::unix::net::UnixStream;
 
@@ -237,6 +239,26 @@ mod tests {
 
     fn is_complete(agent: &Agent) -> bool {
         agent.power.as_ref().is_some_and(PowerOff::is_complete)
+    }
+
+    #[test]
+    fn a_power_off_is_complete_when_the_host_has_closed_its_connections() {
+        let mut fixture = Fixture::new();
+        let (key, mut host) = fixture.host();
+        let (other, beside) = fixture.host();
+        let agent = &mut fixture.agent;
+        agent.begin_power_off(key, HOUR);
+        assert_eq!(host.reply(), ControlReply::Done);
+        drop(host);
+        let close = |agent: &mut Agent, key| {
+            let token = Token::new(Class::Control, control::part::SOCKET, key);
+            agent.handle(Event::Io(token, Readiness::UNKNOWN));
+        };
+        close(agent, key);
+        assert!(!is_complete(agent));
+        drop(beside);
+        close(agent, other);
+        assert!(is_complete(agent));
     }
 
     #[test]
