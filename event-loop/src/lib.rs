@@ -9,14 +9,16 @@
 //! are entries of one queue ([`Deadlines`]), whose first is the timeout of the wait.
 //!
 //! [`Reactor`] is the part below handlers: a program of one thread, such as the guest
-//! agent, waits by it and calls its own code. The feature `thread`, which is on by
-//! default, adds the thread, handlers and what they need.
+//! agent, waits by it and calls its own code. It is made of [`Deadlines`] and a [`Slab`], a
+//! table whose keys carry a generation; both can be used on their own. The feature
+//! `thread`, which is on by default, adds the thread, handlers and what they need.
 //!
 //! The loop waits by means of `event-manager` (Linux's epoll); a host without epoll gets
 //! another implementation of the same few calls. [`Registry`] is a trait: another loop
 //! can call the same handlers, as `testing::ManualLoop` does in tests.
 //!
-//! ```
+#![cfg_attr(feature = "thread", doc = "```")]
+#![cfg_attr(not(feature = "thread"), doc = "```ignore")]
 //! use std::io::{self, Read as _, Write as _};
 //! use std::os::unix::net::UnixStream;
 //! use std::sync::mpsc::{Sender, channel};
@@ -71,6 +73,13 @@
 //! is never called, and never keeps the loop awake; no descriptor is closed while it is
 //! registered; adding and removing a descriptor cost the same however many there are.
 #![warn(missing_docs)]
+#![cfg_attr(
+    not(feature = "thread"),
+    allow(
+        rustdoc::broken_intra_doc_links,
+        reason = "the documentation names items that the feature adds"
+    )
+)]
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
