@@ -62,14 +62,17 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
 /// The features of `sm-image`, each of which compiles alone. The workspace enables all.
 const IMAGE_FEATURES: [&str; 4] = ["archive", "containers-storage", "engine", "registry"];
 
-/// Checks `sm-image` without features, and with each feature alone.
+/// Checks `sm-image` without features and with each feature alone, and `sm-event-loop`
+/// without features, as the guest agent uses it.
 fn features() -> Result<()> {
     cmd::step("checking features");
-    for feature in [""].into_iter().chain(IMAGE_FEATURES) {
+    let without = [("sm-event-loop", ""), ("sm-image", "")];
+    let alone = IMAGE_FEATURES.map(|feature| ("sm-image", feature));
+    for (package, feature) in without.into_iter().chain(alone) {
         cmd::check(&mut cargo([
             "clippy",
             "-p",
-            "sm-image",
+            package,
             "--no-default-features",
             "--features",
             feature,
@@ -80,7 +83,8 @@ fn features() -> Result<()> {
             "warnings",
         ]))?;
     }
-    // Clippy only compiles; this runs what disabled sources answer.
+    // Clippy only compiles; these run what disabled sources answer, and the examples of
+    // the documentation.
     cmd::check(&mut cargo([
         "test",
         "-p",
@@ -88,6 +92,13 @@ fn features() -> Result<()> {
         "--no-default-features",
         "--test",
         "features",
+        "--locked",
+    ]))?;
+    cmd::check(&mut cargo([
+        "test",
+        "-p",
+        "sm-event-loop",
+        "--no-default-features",
         "--locked",
     ]))
 }
