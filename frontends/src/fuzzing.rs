@@ -29,6 +29,6 @@ impl HandoffReader {
     /// As for a router's connection; only after `WouldBlock` can it be called again.
     pub fn read_from(&mut self, router: impl AsFd) -> std::io::Result<(OwnedFd, Vec<u8>)> {
         while !self.0.read_from(&router)? {}
-        std::mem::take(&mut self.0).open()
+        std::mem::take(&mut self.0).into_parts()
     }
 }

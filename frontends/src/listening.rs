@@ -41,17 +41,17 @@ impl<L: Listener> FrontendListener<L> {
             .acceptor
             .accept(usize::MAX, waker, &self.service, registry);
         for (stream, permit) in connections {
-            self.lead(stream, permit);
+            self.forward(stream, permit);
             profiler.end(ProfileStage::Accept, begun);
             begun = profiler.begin();
         }
         self.acceptor.has_more()
     }
 
-    fn lead(&self, stream: L::Stream, permit: Permit) {
+    fn forward(&self, stream: L::Stream, permit: Permit) {
         let member = self.service.group.join(Some(permit));
         self.service
-            .connect(self.target.open(), stream.into(), Some(member));
+            .connect(self.target.connect_arguments(), stream.into(), Some(member));
     }
 }
 

@@ -24,7 +24,7 @@ impl ForwardTarget {
     }
 
     /// Returns the vsock port and the options, including the bytes to send first.
-    pub(crate) fn open(self) -> (u32, ConnectOptions) {
+    pub(crate) fn connect_arguments(self) -> (u32, ConnectOptions) {
         match self {
             Self::Exec => (port::EXEC, ConnectOptions::default()),
             Self::Vsock(port) => (port, ConnectOptions::default()),

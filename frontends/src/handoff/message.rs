@@ -40,7 +40,7 @@ impl HandoffMessage {
     ///
     /// # Errors
     /// No socket was attached.
-    pub(crate) fn open(self) -> io::Result<(OwnedFd, Vec<u8>)> {
+    pub(crate) fn into_parts(self) -> io::Result<(OwnedFd, Vec<u8>)> {
         let fd = self.fd.ok_or_else(|| broken("no descriptor is attached"))?;
         Ok((fd, self.payload))
     }

@@ -289,7 +289,7 @@ impl Handoff {
         };
         let begun = self.service.muxer.profiler().begin();
         let permit = router.permit.take();
-        let (stream, payload) = std::mem::take(&mut router.message).open()?;
+        let (stream, payload) = std::mem::take(&mut router.message).into_parts()?;
         let mut preamble = self.target.encode().to_vec();
         preamble.extend(payload);
         let options = ConnectOptions {

@@ -129,12 +129,12 @@ impl TlsListener {
             retry: None,
         };
         self.sessions.insert(token, connection);
-        self.limit(token, registry);
+        self.start_time_limit(token, registry);
         Ok(())
     }
 
     /// Starts the time limit of a connection.
-    fn limit(&mut self, token: u64, registry: &mut dyn Registry) {
+    fn start_time_limit(&mut self, token: u64, registry: &mut dyn Registry) {
         if let Some(connection) = self.sessions.get_mut(&token) {
             connection.deadline =
                 registry.set_timer_after(self.handshake_timeout, token | token::DEADLINE);
@@ -192,7 +192,7 @@ impl TlsListener {
                     connection.retry = registry.set_timer_after(RETRY, token | token::RETRY);
                 }
                 if connection.session.is_closing() && connection.deadline.is_none() {
-                    self.limit(token, registry);
+                    self.start_time_limit(token, registry);
                 }
             }
             Ok(Pumped::More) => registry.again(token),
@@ -231,7 +231,7 @@ impl TlsListener {
         // The session, not the stream, is the member of the group: it ends when the
         // client has received all bytes.
         self.service
-            .connect(target.open(), OwnedFd::from(theirs), None);
+            .connect(target.connect_arguments(), OwnedFd::from(theirs), None);
         self.end_handshake(registry);
         Ok(())
     }
