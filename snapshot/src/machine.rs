@@ -21,6 +21,16 @@ pub fn encode(state: &MachineState) -> Result<Vec<Section>, StateError> {
     Ok(section.collect())
 }
 
+/// Returns the devices of a machine as the manifest of its snapshot lists them.
+#[must_use]
+pub fn devices(state: &MachineState) -> Vec<DeviceEntry> {
+    let devices = state.devices.iter().map(|device| DeviceEntry {
+        slot: device.slot,
+        kind: device.transport.device.kind.clone(),
+    });
+    devices.collect()
+}
+
 /// Decodes the state of the machine at the tip of a chain. Its memory size, vCPUs
 /// and devices are those of the manifest.
 ///
@@ -64,11 +74,7 @@ fn check(state: &MachineState, manifest: &Manifest) -> Result<(), String> {
     if manifest.format < DEVICES_FORMAT {
         return Ok(());
     }
-    let devices = state.devices.iter().map(|device| DeviceEntry {
-        slot: device.slot,
-        kind: device.transport.device.kind.clone(),
-    });
-    let (found, described) = (devices.collect::<Vec<_>>(), &manifest.devices);
+    let (found, described) = (devices(state), &manifest.devices);
     if found != *described {
         return Err(format!(
             "its machine has the devices {}, and the manifest says {}",

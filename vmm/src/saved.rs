@@ -17,7 +17,7 @@ use sm_snapshot::capture::{Capture, Captured, Description};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::machine;
-use sm_snapshot::manifest::{DeviceEntry, FORMAT, Layer};
+use sm_snapshot::manifest::{FORMAT, Layer};
 use sm_snapshot::restore::{self, Requirements};
 use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
@@ -138,10 +138,6 @@ impl Plan {
         state: &MachineState,
         vcpus: usize,
     ) -> Result<Captured, String> {
-        let devices = state.devices.iter().map(|device| DeviceEntry {
-            slot: device.slot,
-            kind: device.transport.device.kind.clone(),
-        });
         let description = Description {
             layer: self.layer,
             sm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -152,7 +148,7 @@ impl Plan {
             // All vCPUs have the same CPUID.
             cpu: CpuFeatures::of(state.vcpus.first().map_or(&[], |vcpu| &vcpu.cpuid)),
             protocol: PROTOCOL_VERSION,
-            devices: devices.collect(),
+            devices: machine::devices(state),
             labels: self.labels,
         };
         let unencodable = |error: &dyn std::error::Error| {

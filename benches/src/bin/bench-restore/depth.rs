@@ -53,13 +53,14 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
         }
         let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
         machine.pause()?;
-        let sections = machine::encode(&machine.save_state()?)?;
+        let state = machine.save_state()?;
+        let sections = machine::encode(&state)?;
         let memory = &machine.memory().guest;
         let capture = |name: &str, ancestry| -> Result<u64> {
             let made = Capture::begin(&store, memory, ancestry)?.finish(
                 &store,
                 name,
-                ticking::description(&host)?,
+                ticking::description(&host, &state)?,
                 sections.clone(),
             )?;
             Ok(made.manifest.memory.data_pages)

@@ -26,6 +26,7 @@ use sm_vmm_core::layout::{MACHINE_VERSION, SLOT_RNG};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
+use sm_vmm_core::state::MachineState;
 use sm_vmm_core::virtio::rng::Rng;
 
 use crate::rivals::{BenchGuest, Contender, await_output};
@@ -58,17 +59,18 @@ pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
     // Output until the pause is read, so that the console does not block.
     let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
     machine.pause()?;
-    let sections = machine::encode(&machine.save_state()?)?;
+    let state = machine.save_state()?;
+    let sections = machine::encode(&state)?;
     let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
     drop(machine);
     drop(event_loop);
     let _ = reader.join();
-    capture.finish(&store, NAME, description(&host)?, sections)?;
+    capture.finish(&store, NAME, description(&host, &state)?, sections)?;
     Ok(())
 }
 
 /// Returns the description in snapshots of this guest.
-pub(crate) fn description(host: &Native) -> Result<Description> {
+pub(crate) fn description(host: &Native, state: &MachineState) -> Result<Description> {
     Ok(Description {
         layer: Layer::Base,
         sm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -78,7 +80,7 @@ pub(crate) fn description(host: &Native) -> Result<Description> {
         agent: "none".to_owned(),
         cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
         protocol: 1,
-        devices: Vec::new(),
+        devices: machine::devices(state),
         labels: BTreeMap::new(),
     })
 }

@@ -200,7 +200,8 @@ impl TinySnapshot {
         machine.pause()?;
         // The snapshot contains the flag that lets the guest end.
         machine.memory().guest.write_obj(1u32, tiny::STOP)?;
-        let sections = machine::encode(&machine.save_state()?)?;
+        let state = machine.save_state()?;
+        let sections = machine::encode(&state)?;
         let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
         let description = Description {
             layer: Layer::Base,
@@ -211,7 +212,7 @@ impl TinySnapshot {
             agent: "none".to_owned(),
             cpu: CpuFeatures::of(&host.guest_features()?.cpuid),
             protocol: 1,
-            devices: Vec::new(),
+            devices: machine::devices(&state),
             labels: BTreeMap::new(),
         };
         capture.finish(&store, NAME, description, sections)?;
