@@ -20,6 +20,7 @@ use crate::timings::Phase;
 /// Loading of guest memory when a VM is restored from a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Paging {
     /// The memory file is mapped and pages are read on first access. Pages that earlier
     /// VMs used are mapped in advance.
@@ -309,6 +310,7 @@ pub struct Status {
 /// Stages in the life cycle of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum Stage {
     /// The workload has not been started yet.
     Starting,

@@ -24,12 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     // From the host to the guest: the caller passes one end of a socket.
     let (mut ours, theirs) = UnixStream::pair()?;
     let (told, result) = channel();
-    let options = ConnectOptions {
-        on_result: Some(Box::new(move |outcome| {
-            let _ = told.send(outcome);
-        })),
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().on_result(move |outcome| {
+        let _ = told.send(outcome);
+    });
     muxer.connect(GUEST_PORT, theirs.into(), options);
     ours.write_all(b"hello from the host")?;
     let socket = wait_for(&mut guest, |guest, id| guest.readable(id) > 0);

@@ -58,10 +58,7 @@ fn run() -> Result<Vec<u8>> {
 
     // The device: host code keeps the muxer, the transport gets the device.
     let event_loop = EventLoop::spawn("devices")?;
-    let config = VsockConfig {
-        guest_cid: GUEST_CID,
-        ..VsockConfig::default()
-    };
+    let config = VsockConfig::default().guest_cid(GUEST_CID);
     let (device, muxer) = Vsock::new(config)?;
     let seen_by_devices = without_bitmap(&memory)?;
     let line = Arc::new(NotConnected);

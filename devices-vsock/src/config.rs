@@ -17,6 +17,7 @@ const MAX_CONNECTIONS: usize = 1 << 20;
 
 /// Configuration of a vsock device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VsockConfig {
     /// Context identifier of the guest: 3 to 2^32 - 2.
     pub guest_cid: u64,
@@ -83,6 +84,55 @@ pub enum SetUpError {
 }
 
 impl VsockConfig {
+    /// Sets [`Self::guest_cid`].
+    #[must_use]
+    pub fn guest_cid(mut self, guest_cid: u64) -> Self {
+        self.guest_cid = guest_cid;
+        self
+    }
+
+    /// Sets [`Self::window`].
+    #[must_use]
+    pub fn window(mut self, window: u32) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// Sets [`Self::max_connections`].
+    #[must_use]
+    pub fn max_connections(mut self, max_connections: usize) -> Self {
+        self.max_connections = max_connections;
+        self
+    }
+
+    /// Sets [`Self::max_backlog`].
+    #[must_use]
+    pub fn max_backlog(mut self, max_backlog: u64) -> Self {
+        self.max_backlog = max_backlog;
+        self
+    }
+
+    /// Sets [`Self::answer_timeout`].
+    #[must_use]
+    pub fn answer_timeout(mut self, answer_timeout: Duration) -> Self {
+        self.answer_timeout = answer_timeout;
+        self
+    }
+
+    /// Sets [`Self::status_timeout`].
+    #[must_use]
+    pub fn status_timeout(mut self, status_timeout: Duration) -> Self {
+        self.status_timeout = status_timeout;
+        self
+    }
+
+    /// Sets [`Self::linger`].
+    #[must_use]
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.linger = linger;
+        self
+    }
+
     /// Checks the ranges.
     ///
     /// # Errors

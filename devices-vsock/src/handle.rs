@@ -50,6 +50,7 @@ pub type OnResult = Box<dyn FnOnce(Result<u32, ConnectError>) + Send>;
 
 /// Options of a connection to the guest.
 #[derive(Default)]
+#[non_exhaustive]
 pub struct ConnectOptions {
     /// Bytes sent to the guest before those of the stream.
     pub preamble: Vec<u8>,
@@ -64,6 +65,46 @@ pub struct ConnectOptions {
     pub on_result: Option<OnResult>,
     /// Kept as long as the connection exists.
     pub member: Option<Member>,
+}
+
+impl ConnectOptions {
+    /// Sets [`Self::preamble`].
+    #[must_use]
+    pub fn preamble(mut self, preamble: Vec<u8>) -> Self {
+        self.preamble = preamble;
+        self
+    }
+
+    /// Sets [`Self::status_reply`].
+    #[must_use]
+    pub fn status_reply(mut self, status_reply: bool) -> Self {
+        self.status_reply = status_reply;
+        self
+    }
+
+    /// Sets [`Self::wait`].
+    #[must_use]
+    pub fn wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    /// Sets [`Self::on_result`].
+    #[must_use]
+    pub fn on_result(
+        mut self,
+        on_result: impl FnOnce(Result<u32, ConnectError>) + Send + 'static,
+    ) -> Self {
+        self.on_result = Some(Box::new(on_result));
+        self
+    }
+
+    /// Sets [`Self::member`].
+    #[must_use]
+    pub fn member(mut self, member: impl Into<Option<Member>>) -> Self {
+        self.member = member.into();
+        self
+    }
 }
 
 /// Callback for the result of an attempt; called with [`ConnectError::Reset`] if it is

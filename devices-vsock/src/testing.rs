@@ -432,12 +432,7 @@ pub fn connect(
 ) -> (UnixStream, Receiver<Result<(), ConnectError>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (send, receive) = channel();
-    let options = ConnectOptions {
-        on_result: Some(Box::new(move |result| {
-            send.send(result.map(|_port| ())).unwrap()
-        })),
-        ..options
-    };
+    let options = options.on_result(move |result| send.send(result.map(|_port| ())).unwrap());
     muxer.connect(PORT, theirs.into(), options);
     (ours, receive)
 }

@@ -129,10 +129,8 @@ impl Guest {
     fn connect(&mut self) -> (UnixStream, Receiver<Result<u32, ConnectError>>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (ended, end) = channel();
-        let options = ConnectOptions {
-            on_result: Some(Box::new(move |result| ended.send(result).unwrap())),
-            ..ConnectOptions::default()
-        };
+        let options =
+            ConnectOptions::default().on_result(move |result| ended.send(result).unwrap());
         self.muxer.connect(PORT, theirs.into(), options);
         self.event_loop.settle();
         (ours, end)

@@ -21,12 +21,10 @@ use sm_devices_vsock::{ConnectError, ConnectOptions, VsockConfig};
 const SHORT: Duration = Duration::from_millis(50);
 
 fn impatient() -> VsockConfig {
-    VsockConfig {
-        answer_timeout: SHORT,
-        status_timeout: SHORT,
-        linger: SHORT,
-        ..VsockConfig::default()
-    }
+    VsockConfig::default()
+        .answer_timeout(SHORT)
+        .status_timeout(SHORT)
+        .linger(SHORT)
 }
 
 /// Returns a packet of the guest in the connection of `request`.
@@ -218,11 +216,7 @@ fn a_guest_that_never_answers_times_out() {
     assert_eq!(guest.muxer.stats().connections, 0);
 
     // The same for a status byte, after the additional time.
-    let options = ConnectOptions {
-        status_reply: true,
-        wait: SHORT,
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().status_reply(true).wait(SHORT);
     let (_host, result) = connect(&guest.muxer, options);
     let request = guest.expect(REQUEST);
     guest.send(&request.reply(RESPONSE));
@@ -234,14 +228,8 @@ fn a_guest_that_never_answers_times_out() {
 #[test]
 fn a_status_may_arrive_later_than_an_answer() {
     let answer_timeout = Duration::from_secs(1);
-    let mut guest = Guest::new(VsockConfig {
-        answer_timeout,
-        ..VsockConfig::default()
-    });
-    let options = ConnectOptions {
-        status_reply: true,
-        ..ConnectOptions::default()
-    };
+    let mut guest = Guest::new(VsockConfig::default().answer_timeout(answer_timeout));
+    let options = ConnectOptions::default().status_reply(true);
     let (_host, result) = connect(&guest.muxer, options);
     let request = guest.expect(REQUEST);
     guest.send(&request.reply(RESPONSE));
@@ -253,11 +241,11 @@ fn a_status_may_arrive_later_than_an_answer() {
 
 #[test]
 fn a_guest_that_does_not_confirm_the_end_is_reset() {
-    let mut guest = Guest::new(VsockConfig {
-        // The guest must answer the request in time.
-        answer_timeout: Duration::from_millis(500),
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(
+        VsockConfig::default()
+            // The guest must answer the request in time.
+            .answer_timeout(Duration::from_millis(500)),
+    );
     let (host, _request) = guest.connected();
     drop(host);
     assert_eq!(guest.expect(SHUTDOWN).flags, 3);
@@ -291,10 +279,7 @@ fn requests_before_the_driver_wait_and_then_fail() {
     assert_eq!(result.recv().unwrap(), Err(ConnectError::TimedOut));
     assert_eq!(host.read(&mut [0]).unwrap(), 0);
     // Requests beyond the limit are refused, not queued.
-    let guest = Guest::without_driver(VsockConfig {
-        max_connections: 2,
-        ..VsockConfig::default()
-    });
+    let guest = Guest::without_driver(VsockConfig::default().max_connections(2));
     let all: Vec<_> = (0..9)
         .map(|_| connect(&guest.muxer, ConnectOptions::default()))
         .collect();
@@ -345,10 +330,7 @@ fn a_reset_of_the_driver_is_reported_to_waiting_requesters() {
 fn descriptors_that_are_no_sockets_are_refused_as_such() {
     let guest = Guest::new(VsockConfig::default());
     let (send, result) = channel();
-    let options = ConnectOptions {
-        on_result: Some(Box::new(move |told| send.send(told).unwrap())),
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().on_result(move |told| send.send(told).unwrap());
     let file = std::fs::File::open("/dev/null").unwrap();
     guest.muxer.connect(7, file.into(), options);
     assert_eq!(result.recv().unwrap(), Err(ConnectError::Unusable));
@@ -356,10 +338,7 @@ fn descriptors_that_are_no_sockets_are_refused_as_such() {
 
 #[test]
 fn an_acceptor_is_removed_with_its_guard() {
-    let mut guest = Guest::new(VsockConfig {
-        max_connections: 1,
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(VsockConfig::default().max_connections(1));
     let (send, dialled) = channel();
     let acceptor = |send: std::sync::mpsc::Sender<()>| {
         Box::new(move |_| {

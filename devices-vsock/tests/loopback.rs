@@ -83,10 +83,10 @@ fn a_refused_connection_is_reported_and_closed() {
 #[test]
 fn a_preamble_is_sent_first_and_a_status_is_not_data() {
     let mut guest = Guest::new(VsockConfig::default());
-    let options = || ConnectOptions {
-        preamble: b"header".to_vec(),
-        status_reply: true,
-        ..ConnectOptions::default()
+    let options = || {
+        ConnectOptions::default()
+            .preamble(b"header".to_vec())
+            .status_reply(true)
     };
     let (mut host, result) = connect(&guest.muxer, options());
     host.write_all(b"+body").unwrap();
@@ -168,10 +168,7 @@ fn the_guests_window_is_never_exceeded() {
 
 #[test]
 fn a_guest_that_exceeds_the_window_loses_that_connection_only() {
-    let mut guest = Guest::new(VsockConfig {
-        window: 4096,
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(VsockConfig::default().window(4096));
     let (other, other_request) = guest.connected();
     let (mut slow, request) = guest.connected();
     // Fill the socket of a reader that does not read, then the window.
@@ -244,10 +241,7 @@ fn invalid_packets_are_answered_by_a_reset_and_counted() {
 
 #[test]
 fn a_large_stream_arrives_whole_in_both_directions() {
-    let mut guest = Guest::new(VsockConfig {
-        window: 16 << 10,
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(VsockConfig::default().window(16 << 10));
     let (host, request) = guest.connected();
     let bytes: Vec<u8> = (0..1u32 << 20).map(|n| (n * 7 + (n >> 8)) as u8).collect();
     std::thread::scope(|scope| {
@@ -337,10 +331,7 @@ fn connections_wait_until_a_restored_guest_has_handled_the_reset() {
 
 #[test]
 fn the_limit_of_connections_is_reported() {
-    let mut guest = Guest::new(VsockConfig {
-        max_connections: 2,
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(VsockConfig::default().max_connections(2));
     let (_a, _) = guest.connected();
     let (_b, _) = guest.connected();
     let (_c, result) = connect(&guest.muxer, ConnectOptions::default());
@@ -350,10 +341,7 @@ fn the_limit_of_connections_is_reported() {
 /// Opens a connection of a group that the guest accepts; returns the host's end, and the
 /// request.
 fn member_of(group: &Group, guest: &mut Guest) -> (UnixStream, Packet) {
-    let options = ConnectOptions {
-        member: Some(group.join(None)),
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().member(group.join(None));
     let (host, result) = connect(&guest.muxer, options);
     let request = guest.expect(REQUEST);
     guest.send(&request.reply(RESPONSE));
@@ -413,10 +401,7 @@ fn connections_that_have_not_started_are_cut_immediately() {
     let group = Group::new();
     let limit = Limit::new(1);
     let (mut host, theirs) = UnixStream::pair().unwrap();
-    let options = ConnectOptions {
-        member: Some(group.join(limit.take(1))),
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().member(group.join(limit.take(1)));
     muxer.connect(1, theirs.into(), options);
     muxer.cut(&group);
     assert_eq!((group.active(), limit.free()), (0, 1));

@@ -17,10 +17,7 @@ use sm_devices_vsock::{ConnectOptions, VsockConfig};
 
 fn guest() -> LinuxGuest {
     LinuxGuest::new(
-        VsockConfig {
-            answer_timeout: Duration::from_secs(600),
-            ..VsockConfig::default()
-        },
+        VsockConfig::default().answer_timeout(Duration::from_secs(600)),
         Profile {
             // For all data of a round in flight.
             buffers: 65_536,

@@ -187,10 +187,7 @@ fn a_guest_without_seqpacket_sockets_gets_no_request() {
     let mut guest = Guest::with_streams_only(VsockConfig::default());
     let (_ours, theirs) = pair();
     let (send, result) = channel();
-    let options = ConnectOptions {
-        on_result: Some(Box::new(move |told| send.send(told).unwrap())),
-        ..ConnectOptions::default()
-    };
+    let options = ConnectOptions::default().on_result(move |told| send.send(told).unwrap());
     guest.muxer.connect(PORT, theirs, options);
     assert_eq!(result.recv().unwrap(), Err(ConnectError::Unsupported));
     guest.send(&Packet {

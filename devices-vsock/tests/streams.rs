@@ -97,13 +97,11 @@ struct World {
 impl World {
     fn new(profile: Profile, window: u32) -> Self {
         let guest = LinuxGuest::new(
-            VsockConfig {
-                window,
-                max_connections: 64,
-                max_backlog: 1 << 20,
-                answer_timeout: Duration::from_secs(600),
-                ..VsockConfig::default()
-            },
+            VsockConfig::default()
+                .window(window)
+                .max_connections(64)
+                .max_backlog(1 << 20)
+                .answer_timeout(Duration::from_secs(600)),
             profile,
         );
         let (send, accepted) = channel();

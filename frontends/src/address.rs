@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The address on which a frontend listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LocalAddress {
     /// A TCP address; the port is the one that the system chose if 0 was asked for.
     Tcp(SocketAddr),

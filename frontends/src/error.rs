@@ -8,6 +8,7 @@ use thiserror::Error;
 
 /// An error of starting a frontend: names the frontend, the endpoint and the cause.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// Another process listens on the socket.
     #[error("the {frontend} frontend cannot listen on \"{}\": another process listens there", path.display())]

@@ -32,15 +32,15 @@ impl FrontendService {
     /// Connects a stream to the guest.
     pub(crate) fn connect(
         &self,
-        (port, options): (u32, ConnectOptions),
+        (port, mut options): (u32, ConnectOptions),
         stream: OwnedFd,
         member: Option<Member>,
     ) {
         self.counters.accept();
         let counters = Arc::clone(&self.counters);
-        let then = options.on_result;
-        let options = ConnectOptions {
-            on_result: Some(Box::new(move |result| {
+        let then = options.on_result.take();
+        let options = options
+            .on_result(move |result| {
                 match result {
                     Ok(_) | Err(ConnectError::Reset | ConnectError::HungUp) => {}
                     Err(error @ (ConnectError::Limit | ConnectError::Unusable)) => {
@@ -51,10 +51,8 @@ impl FrontendService {
                 if let Some(then) = then {
                     then(result);
                 }
-            })),
-            member,
-            ..options
-        };
+            })
+            .member(member);
         self.muxer.connect(port, stream, options);
     }
 }

@@ -6,6 +6,7 @@ use sm_guest_proto::port;
 
 /// The target of a frontend's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ForwardTarget {
     /// The agent's exec server: the client speaks the exec protocol itself.
     Exec,
@@ -30,12 +31,10 @@ impl ForwardTarget {
             Self::Vsock(port) => (port, ConnectOptions::default()),
             Self::Tcp(header) => (
                 port::FORWARD,
-                ConnectOptions {
-                    preamble: header.encode().to_vec(),
-                    status_reply: true,
-                    wait: header.wait(),
-                    ..ConnectOptions::default()
-                },
+                ConnectOptions::default()
+                    .preamble(header.encode().to_vec())
+                    .status_reply(true)
+                    .wait(header.wait()),
             ),
         }
     }

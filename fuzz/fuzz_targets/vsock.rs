@@ -114,11 +114,9 @@ fn host_acts(what: u8, input: &mut Input<'_>, ends: &Ends) {
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let mut guest = Guest::new(VsockConfig {
-        window: 8192,
-        max_connections: LIMIT,
-        ..VsockConfig::default()
-    });
+    let mut guest = Guest::new(VsockConfig::default()
+.window(8192)
+.max_connections(LIMIT));
     let ends = Ends::default();
     let group = Group::new();
     let mut seen = Vec::new();
@@ -155,12 +153,10 @@ fuzz_target!(|data: &[u8]| {
                 let Some(far) = pair(kind, &ends) else {
                     return;
                 };
-                let options = ConnectOptions {
-                    preamble: vec![1; usize::from(how / 16)],
-                    status_reply: how % 4 == 0,
-                    member: (how % 8 < 3).then(|| group.join(None)),
-                    ..ConnectOptions::default()
-                };
+                let options = ConnectOptions::default()
+.preamble(vec![1; usize::from(how / 16)])
+.status_reply(how % 4 == 0)
+.member((how % 8 < 3).then(|| group.join(None)));
                 guest
                     .muxer
                     .connect(PORTS[usize::from(how % 2)], far, options);

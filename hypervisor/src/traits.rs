@@ -32,6 +32,7 @@ pub struct MemoryRegion {
 
 /// Trigger mode of an interrupt line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum IrqTrigger {
     /// A pulse for each event.
     Edge,

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+#[path = "support/archives.rs"]
+mod archives;
 mod support;
 
 use std::fs;

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+#[cfg(feature = "archive")]
+#[path = "support/archives.rs"]
+mod archives;
 mod support;
 
 use std::cell::RefCell;

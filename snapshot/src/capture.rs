@@ -52,6 +52,7 @@ pub struct Description {
 
 /// The origin of a machine's memory, on which its next snapshot builds.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Ancestry<'a> {
     /// The machine was booted: its memory is anonymous.
     Booted,

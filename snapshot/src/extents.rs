@@ -14,6 +14,7 @@ pub const PAGE: u64 = 4096;
 
 /// Kind of the content of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ExtentKind {
     /// The pages are stored in the snapshot's `memory.bin`.
     Data,
@@ -175,6 +176,7 @@ fn is_near(from: &Extent, between: &[Extent], to: &Extent, gap: u64) -> bool {
 
 /// Source of a run of pages of a restored guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Source {
     /// `memory.bin` of the chain member with this index (0 is the root).
     Member(usize),

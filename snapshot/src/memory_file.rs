@@ -36,6 +36,7 @@ pub fn ram_regions(memory: &GuestMemoryMmap) -> Vec<(u64, u64)> {
 
 /// Reference with which written pages are compared.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Base<'a> {
     /// No parent: pages that are not recorded are zero.
     Nothing,

@@ -70,6 +70,7 @@ pub enum MemoryError {
 
 /// Options for guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryConfig {
     /// Size in bytes: a multiple of 1 MiB, [`MIN_MEMORY`] to [`MAX_MEMORY`].
     pub bytes: u64,

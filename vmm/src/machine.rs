@@ -242,10 +242,7 @@ fn begin(
     }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
     let descriptors = Descriptors::of_this_process(request.config.publish.len());
-    let config = VsockConfig {
-        max_connections: descriptors.connections,
-        ..VsockConfig::default()
-    };
+    let config = VsockConfig::default().max_connections(descriptors.connections);
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, events.clone());
     report_failure(&muxer, events.clone());

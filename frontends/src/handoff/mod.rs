@@ -292,12 +292,10 @@ impl Handoff {
         let (stream, payload) = std::mem::take(&mut router.message).into_parts()?;
         let mut preamble = self.target.encode().to_vec();
         preamble.extend(payload);
-        let options = ConnectOptions {
-            preamble,
-            status_reply: true,
-            wait: self.target.wait(),
-            ..ConnectOptions::default()
-        };
+        let options = ConnectOptions::default()
+            .preamble(preamble)
+            .status_reply(true)
+            .wait(self.target.wait());
         let member = self.service.group.join(permit);
         self.service
             .connect((port::FORWARD, options), stream, Some(member));

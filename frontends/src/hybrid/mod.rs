@@ -264,18 +264,15 @@ impl Hybrid {
             Ok(answer) => (answer, self.service.limit.take(1)),
             Err(error) => return self.service.counters.refuse(error),
         };
-        let options = ConnectOptions {
-            on_result: Some(Box::new(move |result| {
-                let (answer, _permit) = answer;
-                if let Ok(host_port) = result {
-                    // The answer is the first data on this socket, so the buffer has
-                    // space for it.
-                    let line = format!("OK {host_port}\n");
-                    let _ = rustix::io::write(&answer, line.as_bytes());
-                }
-            })),
-            ..ConnectOptions::default()
-        };
+        let options = ConnectOptions::default().on_result(move |result| {
+            let (answer, _permit) = answer;
+            if let Ok(host_port) = result {
+                // The answer is the first data on this socket, so the buffer has
+                // space for it.
+                let line = format!("OK {host_port}\n");
+                let _ = rustix::io::write(&answer, line.as_bytes());
+            }
+        });
         self.service
             .connect((port, options), stream.into(), Some(member));
         self.service

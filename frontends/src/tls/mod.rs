@@ -32,6 +32,7 @@ const FRONTEND: &str = "tls";
 
 /// The identity that the frontend presents to its clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TlsIdentity {
     /// A chain of certificates and its key, PEM files. They are read again when they
     /// change; if the new ones are invalid, the old ones stay in use.

@@ -54,6 +54,7 @@ const NOWHERE: u32 = u32::MAX;
 /// Options of an image besides its tree. By default the UUID is zero, and no data follows
 /// the image.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct Options {
     uuid: [u8; 16],
     behind_len: u64,

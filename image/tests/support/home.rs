@@ -46,16 +46,6 @@ impl Home {
     pub(crate) fn prune(&self, options: PruneOptions) -> sm_image::Pruned {
         self.store.prune(options, &|| Ok(Users::new())).unwrap()
     }
-
-    #[cfg(feature = "archive")]
-    pub(crate) fn save(&self, queries: &[&str], file: &str) -> PathBuf {
-        let path = self.path(file);
-        let queries: Vec<_> = queries.iter().map(|query| (*query).to_owned()).collect();
-        let mut out = fs::File::create(&path).unwrap();
-        let options = PullOptions::default();
-        self.store.save(&queries, &mut out, &options).unwrap();
-        path
-    }
 }
 
 /// Returns two layers with all kinds of entries.

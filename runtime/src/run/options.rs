@@ -23,6 +23,7 @@ const MEBIBYTE: u64 = 1 << 20;
 
 /// Options for starting a VM.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RunOptions {
     pub(crate) overrides: Overrides,
     pub(crate) name: Option<String>,

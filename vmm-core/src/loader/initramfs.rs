@@ -10,6 +10,7 @@ use crate::memory::{MachineMemory, PAGE_SIZE};
 
 /// One cpio archive, possibly compressed. The kernel unpacks all parts in order.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum InitramfsPart {
     /// A file, read when the machine boots.
     File(PathBuf),

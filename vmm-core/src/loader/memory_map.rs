@@ -10,6 +10,7 @@ const EXTENDED_START: u64 = 0x10_0000;
 
 /// Type of a range of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum MapKind {
     /// Memory for the kernel to use.
     Ram,

@@ -61,6 +61,7 @@ const TOKEN_AGAIN: u64 = 1;
 /// Access mode of a device; fixed when the device is created, because features are
 /// negotiated before a backing may be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Access {
     /// The driver sees a read-only disk of 4 KiB blocks.
     ReadOnly,

@@ -207,10 +207,7 @@ impl GuestMachine for RunningMachine {
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         // The supervisor limits the time of a start and of a reset.
-        let options = ConnectOptions {
-            wait: self.start_timeout,
-            ..ConnectOptions::default()
-        };
+        let options = ConnectOptions::default().wait(self.start_timeout);
         self.muxer.connect(port, theirs.into(), options);
         Ok(ours)
     }
