@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use sm_guest_proto::control::{Evidence, GuestStats};
+use sm_guest_proto::control::{GuestStats, IdentityReport};
 use thiserror::Error;
 
 use crate::VERSION;
@@ -155,7 +155,8 @@ pub enum VmmReport {
         pid: u32,
     },
     /// The identity report of this VM.
-    Evidence(Testimony),
+    #[serde(rename = "evidence")]
+    IdentityReport(VmIdentityReport),
     /// The VM has exited. Its record, unless it is removed, is on disk. Always the last
     /// message.
     Ended(ExitRecord),
@@ -262,10 +263,10 @@ pub struct StageTimes {
 
 /// Identity report of a VM, taken before any workload code ran in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Testimony {
+pub struct VmIdentityReport {
     /// The identity that the guest's processes see.
     #[serde(flatten)]
-    pub evidence: Evidence,
+    pub identity_report: IdentityReport,
     /// Distance of the guest's clock from the interval in which the report was requested
     /// and answered, in nanoseconds; 0 if the clock was within it.
     pub clock_error_ns: u64,
@@ -310,7 +311,6 @@ pub struct Status {
 /// Stages in the life cycle of a running VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-#[non_exhaustive]
 pub enum Stage {
     /// The workload has not been started yet.
     Starting,

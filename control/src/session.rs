@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::endpoint::Endpoint;
 use crate::error::ControlError;
 use crate::exit::ExitRecord;
-use crate::launch::{ControlCall, Testimony, VmmReport};
+use crate::launch::{ControlCall, VmIdentityReport, VmmReport};
 use crate::timed::{Until, connect_until};
 use crate::timings::Phase;
 
@@ -53,7 +53,7 @@ pub enum Event<'a> {
     /// A failure that the start survived, in a sentence.
     Warning(String),
     /// The identity report of a VM that was started to produce one.
-    Evidence(Testimony),
+    IdentityReport(VmIdentityReport),
     /// The command exited with this status; 128+n when signal n terminated it.
     Exit(u32),
     /// The VM has exited. The last event of a workload's session.
@@ -166,7 +166,7 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
             VmmReport::Phase(phase) => Event::Phase(phase),
             VmmReport::Warning(text) => Event::Warning(text),
             VmmReport::Started { pid } => Event::Started { pid },
-            VmmReport::Evidence(evidence) => Event::Evidence(evidence),
+            VmmReport::IdentityReport(identity_report) => Event::IdentityReport(identity_report),
             VmmReport::Ended(exit) => Event::Ended(exit),
         });
     }
@@ -478,7 +478,7 @@ impl Session {
                 Event::Started { .. }
                 | Event::Phase(_)
                 | Event::Warning(_)
-                | Event::Evidence(_) => {}
+                | Event::IdentityReport(_) => {}
             }
         }
         Err(io::Error::new(

@@ -13,7 +13,7 @@ use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
     ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, LaunchRequestError,
-    Paging, SnapshotReport, Stage, StageTimes, StartSource, Status, Testimony, VmmReport,
+    Paging, SnapshotReport, Stage, StageTimes, StartSource, Status, VmIdentityReport, VmmReport,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -213,7 +213,7 @@ fn reports() {
         &json!({"started": {"pid": 2}}),
     );
     is(
-        &VmmReport::Evidence(Testimony::default()),
+        &VmmReport::IdentityReport(VmIdentityReport::default()),
         &json!({"evidence": {
             "random": "", "uuid": "", "machine_id": "", "boot_id": "", "epoch": "",
             "hostname": "", "mac": null, "realtime_ns": 0, "clock_error_ns": 0,

@@ -324,7 +324,7 @@ impl Connection {
 
     /// Returns true if the host's end was closed before there was a connection, and without
     /// data to send.
-    pub(crate) fn is_given_up(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         self.phase == Phase::Requested && self.socket.is_gone() && !self.socket.has_bytes()
     }
 

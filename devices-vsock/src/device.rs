@@ -212,7 +212,7 @@ impl Vsock {
         }
         if over && let Some(connection) = self.muxer.get(slot) {
             connection.notice_hang_up();
-            if connection.is_given_up() {
+            if connection.is_cancelled() {
                 self.muxer.abort(slot, ConnectError::HungUp, registry);
                 return;
             }

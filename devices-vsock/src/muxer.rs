@@ -60,7 +60,7 @@ pub(crate) struct Muxer {
     /// Start of the search for a free ephemeral port.
     pub(crate) next_port: u32,
     pub(crate) mailbox: Arc<Mailbox>,
-    told_of_limit: bool,
+    warned_of_limit: bool,
 }
 
 impl Muxer {
@@ -77,7 +77,7 @@ impl Muxer {
             allowance: Allowance::new(&config),
             next_port: 0,
             mailbox,
-            told_of_limit: false,
+            warned_of_limit: false,
         }
     }
 
@@ -180,7 +180,7 @@ impl Muxer {
             return true;
         }
         self.mailbox.counters.refused.add(1);
-        if !std::mem::replace(&mut self.told_of_limit, true) {
+        if !std::mem::replace(&mut self.warned_of_limit, true) {
             let limit = self.config.max_connections;
             tracing::warn!(
                 limit,
@@ -405,7 +405,7 @@ impl Muxer {
     /// are still written, unless the event loop is gone too.
     pub(crate) fn clear(&mut self, registry: Option<&mut dyn Registry>) {
         self.resets.clear();
-        self.told_of_limit = false;
+        self.warned_of_limit = false;
         let Some(registry) = registry else {
             for mut connection in std::mem::take(&mut self.connections).into_iter().flatten() {
                 connection.report(Err(ConnectError::Reset));

@@ -50,7 +50,7 @@ pub const EVENT_BASE: u64 = 0x30_0000;
 const GUEST: u64 = 3;
 const HOST: u64 = 2;
 /// Timeout of a device in a test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 /// The guest's port that [`Guest::connected`] uses.
 pub const PORT: u32 = 7;
 
@@ -226,7 +226,7 @@ impl Guest {
     pub fn wait_until(&self, wanted: impl Fn(&Stats) -> bool) {
         let begun = Instant::now();
         while !wanted(&self.muxer.stats()) {
-            assert!(begun.elapsed() < PATIENCE, "{:?}", self.muxer.stats());
+            assert!(begun.elapsed() < TIMEOUT, "{:?}", self.muxer.stats());
             std::thread::yield_now();
         }
     }

@@ -29,11 +29,11 @@ use crate::vm::Vm;
 use crate::{Error, StartError};
 
 mod options;
-mod witness;
+mod reporting;
 
 pub(crate) use self::options::DEFAULT_STOP_TIMEOUT;
 pub use self::options::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
-pub(crate) use self::witness::Witness;
+pub(crate) use self::reporting::ReportingVm;
 
 impl Image {
     /// Starts a VM from this image and returns once its workload runs.

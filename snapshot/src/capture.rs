@@ -124,7 +124,7 @@ impl Capture {
         Self::begin_unless(store, memory, ancestry, &AtomicBool::new(false))
     }
 
-    /// As [`Self::begin`], with cancellation by another thread: setting `given_up` ends
+    /// As [`Self::begin`], with cancellation by another thread: setting `cancelled` ends
     /// the capture within the time that copying 256 KiB takes, unless the file system
     /// blocks.
     ///
@@ -134,7 +134,7 @@ impl Capture {
         store: &SnapshotStore,
         memory: &GuestMemoryMmap,
         ancestry: Ancestry<'_>,
-        given_up: &AtomicBool,
+        cancelled: &AtomicBool,
     ) -> Result<Self, Error> {
         let (chain, base) = match ancestry {
             Ancestry::Booted => (None, Base::Nothing),
@@ -160,11 +160,11 @@ impl Capture {
         let mut runs = pagemap::private(memory)?;
         let whole = |runs: &[Run], chain: &Chain| {
             let runs = runs::union(runs, &chain.stored());
-            memory_file::write(memory, &runs, Base::Nothing, &file, &path, given_up)
+            memory_file::write(memory, &runs, Base::Nothing, &file, &path, cancelled)
         };
         let mut index = match (chain, &parent) {
             (Some(chain), None) => whole(&runs, chain)?,
-            _ => memory_file::write(memory, &runs, base, &file, &path, given_up)?,
+            _ => memory_file::write(memory, &runs, base, &file, &path, cancelled)?,
         };
         if let (Some(chain), Some(_)) = (chain, &parent)
             && chain.pieces_of_child(&index.extents) > MAX_PIECES

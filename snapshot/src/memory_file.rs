@@ -71,7 +71,7 @@ const MOST_GAP: u64 = 64;
 
 /// Writes the pages `runs` of a paused guest to `file` and returns the index. Zero pages
 /// are not stored. `runs` must contain all pages that may differ from the base. The
-/// function returns early when `given_up` is set.
+/// function returns early when `cancelled` is set.
 ///
 /// # Errors
 /// The file system is full or fails, a parent cannot be read, or [`Error::GivenUp`].
@@ -81,7 +81,7 @@ pub fn write(
     base: Base<'_>,
     file: &File,
     path: &Path,
-    given_up: &AtomicBool,
+    cancelled: &AtomicBool,
 ) -> Result<MemoryIndex, Error> {
     let regions = ram_regions(memory);
     let pages: u64 = regions.iter().map(|(_, len)| len / PAGE).sum();
@@ -92,7 +92,7 @@ pub fn write(
         regions: &regions,
         file,
         path,
-        given_up,
+        cancelled,
         base,
         builder: ExtentBuilder::new(),
         scratch: vec![0; COPY],
@@ -127,7 +127,7 @@ struct Writer<'a> {
     regions: &'a [(u64, u64)],
     file: &'a File,
     path: &'a Path,
-    given_up: &'a AtomicBool,
+    cancelled: &'a AtomicBool,
     base: Base<'a>,
     builder: ExtentBuilder,
     scratch: Vec<u8>,
@@ -156,7 +156,7 @@ impl Writer<'_> {
         let step = (COPY as u64) / PAGE;
         let mut done = 0;
         while done < pages {
-            if self.given_up.load(Ordering::Relaxed) {
+            if self.cancelled.load(Ordering::Relaxed) {
                 return Err(Error::GivenUp);
             }
             let count = step.min(pages - done);
@@ -387,8 +387,8 @@ mod tests {
         memory.write_obj(1u8, GuestAddress(0)).unwrap();
         let file = tempfile::tempfile().unwrap();
         let runs = pagemap::private(&memory).unwrap();
-        let (path, given_up) = (Path::new("memory.bin"), AtomicBool::new(true));
-        let error = write(&memory, &runs, Base::Nothing, &file, path, &given_up).unwrap_err();
+        let (path, cancelled) = (Path::new("memory.bin"), AtomicBool::new(true));
+        let error = write(&memory, &runs, Base::Nothing, &file, path, &cancelled).unwrap_err();
         assert!(matches!(error, Error::GivenUp), "{error:?}");
     }
 

@@ -29,13 +29,13 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 mod mount;
-mod patience;
 mod terminal;
 pub mod tiny;
+mod until;
 
 pub use mount::Mount;
-pub use patience::{PATIENCE, until};
 pub use terminal::Terminal;
+pub use until::{TIMEOUT, until};
 
 /// The result of a command.
 #[derive(Debug)]

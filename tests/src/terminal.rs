@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
-use crate::{Home, PATIENCE, Reaped};
+use crate::{Home, Reaped, TIMEOUT};
 
 /// A terminal with `sm` in its foreground.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Terminal {
     /// The text does not appear.
     #[track_caller]
     pub fn shows(&mut self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(at) = self.unread.find(text) {
                 let rest = self.unread.split_off(at + text.len());
@@ -152,7 +152,7 @@ impl Terminal {
     /// It does not exit.
     #[track_caller]
     pub fn ends(&mut self) -> i32 {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let ended = self.child.0.try_wait().expect("sm can be waited for");
             if let Some(status) = ended {

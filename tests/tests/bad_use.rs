@@ -1,9 +1,5 @@
 //! Wrong use: messages with a remedy, and Docker's exit statuses.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::expect_used, reason = "a failed expectation is a failed test")]
 
 use std::process::Command;
 

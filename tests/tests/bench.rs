@@ -1,9 +1,4 @@
 //! `bench-restore` works: whole commands, and QEMU with the same guest.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -1,16 +1,12 @@
 //! Snapshots of running workloads, and clones that continue them.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use sm_e2e::{Done, Home, PATIENCE, Vm, full, image, lanes, unique, until};
+use sm_e2e::{Done, Home, TIMEOUT, Vm, full, image, lanes, unique, until};
 
 /// Counts in a file and on standard output until `/tmp/end` exists.
 const COUNT: &str = "i=0; while [ ! -e /tmp/end ]; do i=$((i+1)); echo $i; echo $i >/tmp/i; \
@@ -42,7 +38,7 @@ fn ends(home: &Home, vm: &str, status: &str) {
 fn goes_on(home: &Home, vm: &str, then: u32) {
     let begun = Instant::now();
     while count(home, vm) <= then {
-        if begun.elapsed() > PATIENCE {
+        if begun.elapsed() > TIMEOUT {
             let told = home.sm(&["exec", vm, "sh", "-c", "uptime; ps; cat /tmp/i"]);
             let state = home.sm(&["inspect", vm]).out();
             let console = home.sm(&["logs", "--console", vm]).out();

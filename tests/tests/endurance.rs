@@ -1,9 +1,5 @@
 //! Repeated restores, kills at random moments, and concurrent starts.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::hash_map::RandomState;
 use std::fs;

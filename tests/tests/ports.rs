@@ -1,9 +1,5 @@
 //! Ports of the guest, accessed from the host.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -11,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Instant;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, PATIENCE, Vm, image, unique};
+use sm_e2e::{Home, TIMEOUT, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
 /// Answers every connection to port 80 with its bytes, after their end.
@@ -51,7 +47,7 @@ fn echo(address: SocketAddr, sent: &[u8]) -> Vec<u8> {
     let begun = Instant::now();
     loop {
         let received = exchange(TcpStream::connect(address).unwrap(), sent);
-        if !received.is_empty() || begun.elapsed() > PATIENCE {
+        if !received.is_empty() || begun.elapsed() > TIMEOUT {
             return received;
         }
     }
@@ -123,7 +119,7 @@ fn a_unix_socket_is_private_and_removed_with_its_machine() {
     assert_eq!(mode & 0o777, 0o600);
     let begun = Instant::now();
     let mut received = Vec::new();
-    while received.is_empty() && begun.elapsed() < PATIENCE {
+    while received.is_empty() && begun.elapsed() < TIMEOUT {
         let mut stream = UnixStream::connect(&path).unwrap();
         // The reader detects a closed connection.
         let _ = stream.write_all(b"by path");
@@ -154,7 +150,7 @@ fn a_connection_is_handed_over_with_the_bytes_read_from_it() {
         router.send(&accepted, &read).unwrap();
         drop(accepted);
         let received = exchange(client, b"and the rest");
-        if !received.is_empty() || begun.elapsed() > PATIENCE {
+        if !received.is_empty() || begun.elapsed() > TIMEOUT {
             assert_eq!(received, b"GET and the rest");
             return;
         }
@@ -196,7 +192,7 @@ fn vsock_ports_are_reached_both_ways_as_firecracker_has_it() {
             assert_eq!(&answer, b"OK ");
             break client;
         }
-        assert!(begun.elapsed() < PATIENCE, "{:?}", vm.inspect());
+        assert!(begun.elapsed() < TIMEOUT, "{:?}", vm.inspect());
     };
     // Reads the rest of the line.
     let mut byte = [0; 1];

@@ -1,9 +1,4 @@
 //! `sm run` with real images: output, status, configuration, streams, SMP, memory.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::Stdio;

@@ -1,9 +1,5 @@
 //! Base snapshots: the second VM does not boot, and clones share no identity.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,10 +1,6 @@
 //! Unusable stores, which are full or read-only, and a restore long after the capture.
 //! The tests change mounts and the clock, so they run in the lab only.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::process::Command;

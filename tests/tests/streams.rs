@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, PATIENCE, Reaped, Vm, binary, image, lanes, unique, until};
+use sm_e2e::{Home, Reaped, TIMEOUT, Vm, binary, image, lanes, unique, until};
 
 /// Answers every connection to port 80 with its bytes, after their end.
 const ECHO: &str = "nc -ll -p 80 -e cat";
@@ -42,7 +42,7 @@ struct Echo(TcpStream);
 impl Echo {
     fn open(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Self(stream)
     }
 
@@ -111,7 +111,7 @@ fn a_large_stream_arrives_whole_each_way() {
             }
         }
     }
-    assert_eq!(len, count * BLOCK << 20);
+    assert_eq!(len, (count * BLOCK) << 20);
     assert!(sent.starts_with(&hex(sum)), "{sent}");
     println!("{} MiB from the guest in {:?}", large(), begun.elapsed());
 }
@@ -137,7 +137,7 @@ fn a_listener_is_waited_for_as_long_as_was_asked() {
     assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
     assert_eq!(connections(&vm)["active"], 1);
     vm.exec(&["touch", "/go"]).exits(0);
-    early.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    early.0.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut said = [0; 5];
     early.0.read_exact(&mut said).unwrap();
     assert_eq!(&said, b"early");
@@ -152,7 +152,7 @@ fn a_port_without_a_listener_or_with_a_closed_one_ends_the_connection() {
     let vm = serving(home, &options, script);
     let gone = |port: &str| {
         let mut stream = TcpStream::connect(address(home, &vm.name, port)).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         matches!(stream.read(&mut [0; 1]), Ok(0))
     };
     assert!(gone("81"));

@@ -1,9 +1,4 @@
 //! Terminals: raw mode, size, control keys, detaching, and snapshots of them.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
 
 use sm_e2e::{Home, Terminal, image, unique};
 

@@ -1,9 +1,5 @@
 //! A real web server in a guest, accessed by real clients through every frontend.
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a failed expectation is a failed test"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -15,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Done, Home, PATIENCE, Reaped, Vm, image, unique};
+use sm_e2e::{Done, Home, Reaped, TIMEOUT, Vm, image, unique};
 use sm_frontends::HandoffSender;
 
 const PAGE: &str = "Welcome to nginx!";
@@ -56,7 +52,7 @@ impl<'a> Web<'a> {
         };
         let begun = Instant::now();
         while !web.curl(&[&format!("http://{}/", web.tcp())]).0 {
-            assert!(begun.elapsed() < PATIENCE, "{:?}", web.vm.inspect());
+            assert!(begun.elapsed() < TIMEOUT, "{:?}", web.vm.inspect());
         }
         web
     }

@@ -1,6 +1,6 @@
 //! A virtual machine: boot or restore, run, pause, save, end.
 
-mod chassis;
+mod builder;
 mod error;
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use sm_hypervisor::state::x86_64::BootRegisters;
 use sm_hypervisor::{Hypervisor, RestoredVcpu, VirtualMachine, VmSavedState, X86_64};
 
-use self::chassis::{Chassis, Stopwatch};
+use self::builder::{MachineBuilder, Stopwatch};
 pub use self::error::MachineError;
 use self::error::hypervisor;
 use crate::acpi::{self, AcpiConfig, GENERATION_ID};
@@ -93,7 +93,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     ) -> Result<Self, MachineError> {
         check_vcpus(config.vcpus)?;
         let memory = MachineMemory::anonymous(&config.memory)?;
-        let mut chassis = Chassis::<H>::build(
+        let mut builder = MachineBuilder::<H>::build(
             host,
             memory,
             config.vcpus,
@@ -104,14 +104,14 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
 
         let mut watch = Stopwatch::start();
         let rsdp = acpi::write_tables(
-            &chassis.memory.guest,
+            &builder.memory.guest,
             &AcpiConfig {
                 vcpus: config.vcpus,
-                slots: chassis.devices.slots(),
+                slots: builder.devices.slots(),
             },
         )?;
         let registers = loader::load(
-            &chassis.memory,
+            &builder.memory,
             &mut BootSource {
                 kernel: &mut config.kernel,
                 initramfs: &config.initramfs,
@@ -119,11 +119,11 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
                 rsdp,
             },
         )?;
-        chassis.generation.initialise(config.generation_id)?;
-        chassis.phases.load = watch.lap();
-        let (threads, _) = chassis.start(boot_starts(registers, config.vcpus))?;
-        chassis.phases.hypervisor_objects += watch.lap();
-        Ok(chassis.finish(threads))
+        builder.generation.initialise(config.generation_id)?;
+        builder.phases.load = watch.lap();
+        let (threads, _) = builder.start(boot_starts(registers, config.vcpus))?;
+        builder.phases.hypervisor_objects += watch.lap();
+        Ok(builder.finish(threads))
     }
 
     /// Creates a machine from saved state and the memory that belongs to it, paused where
@@ -143,18 +143,19 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     ) -> Result<Self, MachineError> {
         let vcpus = check_state(&state, &memory)?;
         check_vcpus(vcpus)?;
-        let mut chassis = Chassis::<H>::build(host, memory, vcpus, console, devices, event_loop)?;
+        let mut builder =
+            MachineBuilder::<H>::build(host, memory, vcpus, console, devices, event_loop)?;
 
         let mut watch = Stopwatch::start();
         let starts = state.vcpus.into_iter().map(|s| Start::Restore(Arc::new(s)));
-        let (threads, proofs) = chassis.start(starts)?;
-        restore_vm(&chassis.vm, &state.vm, &threads, proofs)?;
+        let (threads, proofs) = builder.start(starts)?;
+        restore_vm(&builder.vm, &state.vm, &threads, proofs)?;
         // After the interrupt controllers, whose state would overwrite pending interrupts
         // of the devices.
-        chassis.uart.restore(&state.uart)?;
-        chassis.devices.restore(&state.devices)?;
-        chassis.phases.load = watch.lap();
-        Ok(chassis.finish(threads))
+        builder.uart.restore(&state.uart)?;
+        builder.devices.restore(&state.devices)?;
+        builder.phases.load = watch.lap();
+        Ok(builder.finish(threads))
     }
 
     /// Lets the vCPUs run. Has no effect if they run already.

@@ -47,7 +47,7 @@ pub(crate) struct Made {
 }
 
 /// Callbacks of the thread that creates a snapshot; errors are clauses.
-pub(crate) struct Told {
+pub(crate) struct CaptureCallbacks {
     /// Memory was copied, or the copy failed. The thread continues after
     /// [`Capturing::end`].
     pub(crate) copied: Box<dyn FnOnce(Result<(), String>) + Send>,
@@ -67,7 +67,7 @@ pub(crate) struct Capturing {
 
 impl Capturing {
     /// Saves the state of a machine and starts to copy its memory. The machine stays
-    /// paused until the caller resumes it, which has to be after `told.copied`. The
+    /// paused until the caller resumes it, which has to be after `callbacks.copied`. The
     /// thread ends after it has published the snapshot.
     ///
     /// # Errors
@@ -77,7 +77,7 @@ impl Capturing {
         plan: Plan,
         machine: &mut Machine<H>,
         origin: Origin,
-        told: Told,
+        callbacks: CaptureCallbacks,
     ) -> Result<(Self, JoinHandle<()>), String> {
         let cancelled = Arc::new(AtomicBool::new(false));
         let (state_sender, state_receiver) = channel();
@@ -95,16 +95,16 @@ impl Capturing {
                 let (store, ancestry) = (&plan.store, origin.ancestry());
                 let capture = match Capture::begin_unless(store, &memory, ancestry, &unless) {
                     Ok(capture) => capture,
-                    Err(error) => return (told.copied)(Err(with_causes(&error))),
+                    Err(error) => return (callbacks.copied)(Err(with_causes(&error))),
                 };
                 drop((memory, origin));
-                (told.copied)(Ok(()));
+                (callbacks.copied)(Ok(()));
                 // The capture was cancelled, and its client was notified of the failure.
                 let Ok(pause) = pause_ended.recv() else {
                     return;
                 };
                 let made = plan.finish(capture, &state, vcpus);
-                (told.made)(made.map(|captured| Made { captured, pause }));
+                (callbacks.made)(made.map(|captured| Made { captured, pause }));
             })
             .map_err(|error| format!("cannot start a thread: {error}"))?;
         let begun = Instant::now();

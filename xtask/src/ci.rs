@@ -26,6 +26,10 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         "-D",
         "warnings",
     ]))?;
+    // They are no tests of `cargo test`, so `--all-targets` leaves them out.
+    cmd::check(&mut cargo([
+        "clippy", "-p", "sm-e2e", "--test", "*", "--locked", "--", "-D", "warnings",
+    ]))?;
     features()?;
     cmd::step("building the documentation");
     cmd::check(

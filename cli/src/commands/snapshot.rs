@@ -174,7 +174,7 @@ fn prove_distinct(
                 "{count} clones of \"{name}\", {} at the same time: getrandom, uuid, machine-id, boot_id, epoch and \
                  hostname{} differ in all; no clock is more than {} ms off",
                 proof.at_once,
-                match proof.clones.iter().all(|c| c.evidence.mac.is_some()) {
+                match proof.clones.iter().all(|c| c.identity_report.mac.is_some()) {
                     true => ", and MAC,",
                     false => " (there is no network interface)",
                 },

@@ -49,10 +49,10 @@ fn transient_faults_are_survived() {
     let mut numbers = Numbers(7);
     for round in 0..12 {
         // Up to two of the first answers to each request are faulty.
-        let mut spoilt = std::collections::BTreeMap::new();
+        let mut damaged = std::collections::BTreeMap::new();
         let (place, kind) = (numbers.below(170_000), numbers.below(7));
         let proxy = Faulty::start(&registry.address, move |line| {
-            let count = spoilt.entry(line.to_owned()).or_insert(0);
+            let count = damaged.entry(line.to_owned()).or_insert(0);
             *count += 1;
             if *count > 2 || line.contains(" /v2/ ") {
                 return Fault::None;

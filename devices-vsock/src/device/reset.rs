@@ -19,7 +19,7 @@ pub(super) enum TransportReset {
     /// The event was sent when the driver had offered this number of other buffers. The
     /// driver offers the buffer again once it has handled the event; connections that it
     /// learns of before would end with the others.
-    Told { offered: u16 },
+    Notified { offered: u16 },
 }
 
 impl Vsock {
@@ -46,13 +46,13 @@ impl Vsock {
                 .map_err(|_| QueueError::Buffer)?;
             queue.push_used(memory, self.chain.head(), 4)?;
             // Before the event is published: buffers offered now were offered before it.
-            self.reset = TransportReset::Told {
+            self.reset = TransportReset::Notified {
                 offered: queue.pending(memory)?,
             };
             queue.request_notification(memory)?;
             return Ok(());
         }
-        if let TransportReset::Told { offered } = self.reset
+        if let TransportReset::Notified { offered } = self.reset
             && queue.pending(memory)? != offered
         {
             self.reset = TransportReset::None;

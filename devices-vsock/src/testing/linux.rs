@@ -490,9 +490,9 @@ impl LinuxGuest {
         let socket = self.socket_mut(id);
         socket.bytes -= done as u32;
         socket.forwarded = socket.forwarded.wrapping_add(done as u32);
-        let untold = socket.forwarded.wrapping_sub(socket.told);
-        let free = window - untold.min(window);
-        if untold > 0 && !socket.reset && (free < PACKET as u32 || socket.bytes == 0) {
+        let unadvertised = socket.forwarded.wrapping_sub(socket.told);
+        let free = window - unadvertised.min(window);
+        if unadvertised > 0 && !socket.reset && (free < PACKET as u32 || socket.bytes == 0) {
             self.control(id, CREDIT_UPDATE, 0);
         }
         done

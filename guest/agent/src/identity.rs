@@ -19,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, Timespec, clock_settime};
-use sm_guest_proto::control::{AttachRoot, Evidence, Refresh};
+use sm_guest_proto::control::{AttachRoot, IdentityReport, Refresh};
 use thiserror::Error;
 
 use crate::root::{
@@ -187,7 +187,10 @@ impl Identity {
     /// Returns the guest's current identity, read below `root` in the way of a process of
     /// the workload, or, without a workload, from the files prepared for it. May block on
     /// a file system that the workload has mounted.
-    pub(crate) fn evidence(&self, root: Option<PathBuf>) -> Result<Evidence, IdentityError> {
+    pub(crate) fn identity_report(
+        &self,
+        root: Option<PathBuf>,
+    ) -> Result<IdentityReport, IdentityError> {
         let root = root
             .map(|root| {
                 let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -221,7 +224,7 @@ impl Identity {
             let path = Path::new(INTERFACES).join(name).join("address");
             Some(fs::read_to_string(path).ok()?.trim().to_owned())
         });
-        Ok(Evidence {
+        Ok(IdentityReport {
             random: random.iter().map(|byte| format!("{byte:02x}")).collect(),
             uuid: uuid.trim().to_owned(),
             machine_id: line(MACHINE_ID_FILE, MACHINE_ID),

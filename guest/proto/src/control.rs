@@ -50,8 +50,9 @@ pub enum ControlRequest {
     },
     /// Report usage figures.
     Stats,
-    /// Report the identity of this guest. Answered by [`ControlReply::Evidence`].
-    Evidence,
+    /// Report the identity of this guest. Answered by [`ControlReply::IdentityReport`].
+    #[serde(rename = "evidence")]
+    IdentityReport,
 }
 
 /// The fresh identity of a guest.
@@ -129,8 +130,9 @@ pub enum ControlReply {
     Refreshed(Refreshed),
     /// Answer to [`ControlRequest::Stats`].
     Stats(GuestStats),
-    /// Answer to [`ControlRequest::Evidence`].
-    Evidence(Evidence),
+    /// Answer to [`ControlRequest::IdentityReport`].
+    #[serde(rename = "evidence")]
+    IdentityReport(IdentityReport),
     /// The request failed.
     Error {
         /// The operation, the object and the cause, in a sentence.
@@ -173,7 +175,7 @@ pub struct Refreshed {
 /// processes read it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Evidence {
+pub struct IdentityReport {
     /// 32 bytes of `getrandom(2)`, in hexadecimal.
     pub random: String,
     /// One read of `/proc/sys/kernel/random/uuid`.

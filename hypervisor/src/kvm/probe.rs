@@ -24,7 +24,7 @@ use crate::{
 
 /// Timeout of the guest. Natively it needs microseconds; under an emulated hypervisor on a
 /// busy host much more.
-const PATIENCE: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Guest memory: 64 KiB at guest physical address 0.
 const MEMORY_LEN: usize = 0x1_0000;
@@ -140,7 +140,7 @@ pub(super) fn linux_support<H: Hypervisor<Arch = X86_64>>(hypervisor: &H) -> Lin
     };
     let why = match outcome {
         Outcome::Done => return LinuxSupport::Native,
-        Outcome::TimedOut => format!("it had not done so after {} s", PATIENCE.as_secs()),
+        Outcome::TimedOut => format!("it had not done so after {} s", TIMEOUT.as_secs()),
         Outcome::Exit(Exit::Fault(FaultInfo { reason, .. })) => reason,
         Outcome::Exit(Exit::TripleFault) => "it ended in a triple fault".to_owned(),
         Outcome::Exit(exit) => format!("it ended with {exit:?}"),
@@ -212,7 +212,7 @@ struct Watch {
 
 impl Watch {
     fn wait(&self, ended: std::sync::mpsc::Receiver<()>) {
-        if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+        if ended.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout) {
             self.late.store(true, Ordering::SeqCst);
             self.kicker.kick();
         }

@@ -47,7 +47,7 @@ pub(crate) const DUMP: u64 = 0x1_0000;
 /// A guest writes here at its end: all vCPUs are kicked.
 pub(crate) const STOP_PORT: u16 = 0x80;
 /// Timeout of a guest on the slowest host.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A backend whose guests are those of `guests.rs`.
 pub(crate) trait Backend: Hypervisor<Arch = X86_64> {}
@@ -151,7 +151,7 @@ pub(crate) fn run(vcpu: &mut impl Vcpu<Arch = X86_64>, bus: &Recorder) -> Exit {
     let exit = std::thread::scope(|scope| {
         let (running, ended) = channel::<()>();
         scope.spawn(move || {
-            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            if ended.recv_timeout(TIMEOUT) == Err(RecvTimeoutError::Timeout) {
                 bus.late.store(true, Ordering::SeqCst);
                 bus.stop();
             }

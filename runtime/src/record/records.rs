@@ -347,8 +347,8 @@ fn clean_up(record: &Record) -> Result<(), RecordError> {
     let exists = console
         .try_exists()
         .map_err(io_error("look at", &console))?;
-    let stillborn = !exists;
-    if record.config.auto_remove || stillborn {
+    let aborted = !exists;
+    if record.config.auto_remove || aborted {
         return record.erase();
     }
     record.remove_sockets()?;

@@ -103,7 +103,7 @@ fn sweeping_cleans_up_after_dead_vms_only() {
     let (killed, lock) = f.create(Some("killed")).unwrap();
     std::fs::write(killed.directory().join(CONSOLE), b"").unwrap();
     let_go(lock);
-    let (stillborn, lock) = f.create(Some("stillborn")).unwrap();
+    let (aborted, lock) = f.create(Some("stillborn")).unwrap();
     let_go(lock);
     let (gone, lock) = f
         .records
@@ -126,7 +126,7 @@ fn sweeping_cleans_up_after_dead_vms_only() {
             ..
         })
     ));
-    assert!(!stillborn.directory().exists());
+    assert!(!aborted.directory().exists());
     assert!(!gone.directory().exists() && !gone.sockets().exists());
     assert_eq!(std::fs::read_dir(&f.records.sockets).unwrap().count(), 1);
     assert_eq!(

@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
 use sm_control::launch::StartSource;
-pub use sm_control::launch::Testimony;
-pub use sm_guest_proto::control::Evidence;
+pub use sm_control::launch::VmIdentityReport;
+pub use sm_guest_proto::control::IdentityReport;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm::saved;
 
 use crate::Error;
 use crate::record::VmConfig;
-use crate::run::{self, RunOptions, Witness};
+use crate::run::{self, ReportingVm, RunOptions};
 use crate::sm::Sm;
 
 /// Tolerated difference between the clocks of a clone and of the host, in nanoseconds.
@@ -39,7 +39,7 @@ pub struct Proof {
     /// Number of clones that existed concurrently.
     pub at_once: usize,
     /// The identity report of each clone.
-    pub clones: Vec<Testimony>,
+    pub clones: Vec<VmIdentityReport>,
     /// Values that should differ, and do not.
     pub twins: Vec<Twins>,
     /// Clones whose clock is off by more than 100 ms.
@@ -53,22 +53,22 @@ impl Proof {
         self.twins.is_empty() && self.wrong_clocks.is_empty()
     }
 
-    fn of(snapshot: &str, at_once: usize, clones: Vec<Testimony>) -> Self {
+    fn of(snapshot: &str, at_once: usize, clones: Vec<VmIdentityReport>) -> Self {
         let mut seen: BTreeMap<(&'static str, String), Vec<usize>> = BTreeMap::new();
         for (number, clone) in clones.iter().enumerate() {
-            let evidence = &clone.evidence;
+            let identity_report = &clone.identity_report;
             let mut note = |what, value: &str| {
                 seen.entry((what, value.to_owned()))
                     .or_default()
                     .push(number);
             };
-            note("getrandom", &evidence.random);
-            note("uuid", &evidence.uuid);
-            note("machine-id", &evidence.machine_id);
-            note("boot_id", &evidence.boot_id);
-            note("epoch", &evidence.epoch);
-            note("hostname", &evidence.hostname);
-            if let Some(mac) = &evidence.mac {
+            note("getrandom", &identity_report.random);
+            note("uuid", &identity_report.uuid);
+            note("machine-id", &identity_report.machine_id);
+            note("boot_id", &identity_report.boot_id);
+            note("epoch", &identity_report.epoch);
+            note("hostname", &identity_report.hostname);
+            if let Some(mac) = &identity_report.mac {
                 note("MAC", mac);
             }
         }
@@ -118,9 +118,9 @@ pub(super) fn prove_distinct(
         if alive.len() == at_once {
             alive.pop_front();
         }
-        let (told, witness) = ask(sm, &chain)?;
+        let (told, reporting) = ask(sm, &chain)?;
         clones.push(told);
-        alive.push_back(witness);
+        alive.push_back(reporting);
     }
     Ok(Proof::of(name, at_once, clones))
 }
@@ -135,7 +135,7 @@ fn free_memory() -> u64 {
     kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
-fn ask(sm: &Sm, chain: &Chain) -> Result<(Testimony, Witness), Error> {
+fn ask(sm: &Sm, chain: &Chain) -> Result<(VmIdentityReport, ReportingVm), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
     let content = saved::content(chain)?;
@@ -151,17 +151,17 @@ fn ask(sm: &Sm, chain: &Chain) -> Result<(Testimony, Witness), Error> {
         config.auto_remove = true;
         Ok(config)
     };
-    run::launch(sm, &options, config, source)?.until_evidence()
+    run::launch(sm, &options, config, source)?.until_identity_report()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn clone(number: u64) -> Testimony {
+    fn clone(number: u64) -> VmIdentityReport {
         let text = |what: &str| format!("{what}-{number}");
-        Testimony {
-            evidence: Evidence {
+        VmIdentityReport {
+            identity_report: IdentityReport {
                 random: text("random"),
                 uuid: text("uuid"),
                 machine_id: text("machine"),
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn one_thing_in_common_is_one_too_many() {
         let mut twin = clone(2);
-        twin.evidence.boot_id = "boot-1".to_owned();
+        twin.identity_report.boot_id = "boot-1".to_owned();
         let proof = Proof::of("s", 2, vec![clone(1), twin, clone(3)]);
         assert!(!proof.holds());
         assert_eq!(

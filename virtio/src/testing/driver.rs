@@ -18,7 +18,7 @@ use crate::mmio::{InterruptLine, MmioTransport};
 use sm_event_loop::EventLoopHandle;
 
 /// Timeout of a device in a test.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// An interrupt line that counts its pulses.
 #[derive(Debug, Default)]
@@ -43,7 +43,7 @@ impl TestLine {
         let pulses = self.pulses.lock().unwrap_or_else(PoisonError::into_inner);
         let (pulses, timeout) = self
             .pulsed
-            .wait_timeout_while(pulses, PATIENCE, |pulses| *pulses <= seen)
+            .wait_timeout_while(pulses, TIMEOUT, |pulses| *pulses <= seen)
             .expect("nothing panics with the lock held");
         assert!(!timeout.timed_out(), "no interrupt arrived");
         *pulses

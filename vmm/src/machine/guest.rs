@@ -15,7 +15,7 @@ use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
 use super::{RunningMachine, failed};
-use crate::capturing::{Capturing, Made, Origin, Told};
+use crate::capturing::{CaptureCallbacks, Capturing, Made, Origin};
 use crate::guest::{
     AfterCapture, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotGuard, SnapshotPlan,
     SupervisorEvent,
@@ -54,11 +54,11 @@ impl RunningMachine {
             copied: copied.to_vec(),
         };
         let events = self.events.clone();
-        let told = Told {
+        let callbacks = CaptureCallbacks {
             copied: Box::new(move |copied| events.send(SupervisorEvent::Captured(copied))),
             made,
         };
-        let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, told)?;
+        let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, callbacks)?;
         self.capturing = Some(capturing);
         self.publishing.push(thread);
         Ok(())

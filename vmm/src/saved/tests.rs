@@ -22,7 +22,7 @@ use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
-use crate::capturing::{Capturing, Made, Origin, Told};
+use crate::capturing::{CaptureCallbacks, Capturing, Made, Origin};
 
 const ENTRY: u32 = 0x10_0000;
 
@@ -127,9 +127,9 @@ struct Heard {
     made: Receiver<Result<Made, String>>,
 }
 
-fn told() -> (Told, Heard) {
+fn callbacks() -> (CaptureCallbacks, Heard) {
     let ((copied, is_copied), (made, is_made)) = (channel(), channel());
-    let told = Told {
+    let callbacks = CaptureCallbacks {
         copied: Box::new(move |result| copied.send(result).unwrap()),
         made: Box::new(move |result| made.send(result).unwrap()),
     };
@@ -137,13 +137,13 @@ fn told() -> (Told, Heard) {
         copied: is_copied,
         made: is_made,
     };
-    (told, heard)
+    (callbacks, heard)
 }
 
 fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> {
-    let (told, heard) = told();
+    let (callbacks, heard) = callbacks();
     let plan = plan(&f.store, name);
-    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, told)?;
+    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, callbacks)?;
     assert!(!f.machine.is_running());
     let copied = heard.copied.recv().unwrap();
     f.machine.resume().unwrap();
@@ -324,10 +324,10 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
 fn a_cancelled_capture_publishes_nothing() {
     let Some(mut f) = fixture() else { return };
     for after_copying in [false, true] {
-        let (told, heard) = told();
+        let (callbacks, heard) = callbacks();
         let plan = plan(&f.store, "base");
         let (capturing, thread) =
-            Capturing::begin(plan, &mut f.machine, Origin::default(), told).unwrap();
+            Capturing::begin(plan, &mut f.machine, Origin::default(), callbacks).unwrap();
         if after_copying {
             heard.copied.recv().unwrap().unwrap();
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sm_control::exit::FailureCause;
 use sm_control::id::{hex, random};
-use sm_control::launch::{ControlAnswer, StartSource, Testimony, VmmReport};
+use sm_control::launch::{ControlAnswer, StartSource, VmIdentityReport, VmmReport};
 use sm_control::timings::unix_nanos;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
@@ -215,11 +215,14 @@ impl<G: GuestMachine> Supervisor<G> {
                 self.root_attached();
             }
             (Purpose::FreezeRoot, reply) => self.root_frozen(reply),
-            (Purpose::IdentityReport { requested_ns }, ControlReply::Evidence(evidence)) => {
-                let (told, now) = (evidence.realtime_ns, unix_nanos());
+            (
+                Purpose::IdentityReport { requested_ns },
+                ControlReply::IdentityReport(identity_report),
+            ) => {
+                let (told, now) = (identity_report.realtime_ns, unix_nanos());
                 let early = requested_ns.saturating_sub(told);
-                self.report(&VmmReport::Evidence(Testimony {
-                    evidence,
+                self.report(&VmmReport::IdentityReport(VmIdentityReport {
+                    identity_report,
                     clock_error_ns: early.max(told.saturating_sub(now)),
                 }));
                 // The VM lives until its launcher disconnects.
@@ -336,7 +339,7 @@ impl<G: GuestMachine> Supervisor<G> {
             let purpose = Purpose::IdentityReport {
                 requested_ns: unix_nanos(),
             };
-            agent.ask(purpose, &ControlRequest::Evidence);
+            agent.ask(purpose, &ControlRequest::IdentityReport);
         }
     }
 

@@ -535,7 +535,7 @@ impl<R> Fixture<R> {
         let mut events = Vec::new();
         while let Some(event) = session.next_event().unwrap() {
             match event {
-                Event::Phase(_) | Event::Evidence(_) => {}
+                Event::Phase(_) | Event::IdentityReport(_) => {}
                 Event::Stdout(bytes) => events.push(format!("out {}", text(bytes))),
                 Event::Stderr(bytes) => events.push(format!("err {}", text(bytes))),
                 Event::Started { pid } => events.push(format!("started {pid}")),

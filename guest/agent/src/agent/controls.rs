@@ -86,6 +86,6 @@ fn request_name(request: &ControlRequest) -> &'static str {
         ControlRequest::SignalMain { .. } => "signal main",
         ControlRequest::PowerOff { .. } => "power off",
         ControlRequest::Stats => "stats",
-        ControlRequest::Evidence => "evidence",
+        ControlRequest::IdentityReport => "identity report",
     }
 }

@@ -35,8 +35,8 @@ impl Agent {
             Fork::Child => {
                 // The child must not hold open connections that the parent closes.
                 sys::close_all_but(&[file.as_fd()]);
-                let reply = match self.identity.evidence(self.workload.root()) {
-                    Ok(evidence) => ControlReply::Evidence(evidence),
+                let reply = match self.identity.identity_report(self.workload.root()) {
+                    Ok(identity_report) => ControlReply::IdentityReport(identity_report),
                     Err(error) => ControlReply::Error {
                         message: error.to_string(),
                     },

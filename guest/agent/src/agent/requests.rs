@@ -47,7 +47,7 @@ impl Agent {
                 return None;
             }
             ControlRequest::Stats => ControlReply::Stats(self.stats()),
-            ControlRequest::Evidence => return self.evidence(key),
+            ControlRequest::IdentityReport => return self.identity_report(key),
         })
     }
 
@@ -126,7 +126,7 @@ impl Agent {
             .map(|error| failed(format_args!("write data back: {error}")))
     }
 
-    fn evidence(&mut self, key: Key) -> Option<ControlReply> {
+    fn identity_report(&mut self, key: Key) -> Option<ControlReply> {
         if self.reporting.is_some() {
             return Some(failed("the workload's files are already being read"));
         }

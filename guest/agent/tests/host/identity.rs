@@ -7,7 +7,7 @@ use std::path::Path;
 use sm_guest_proto::control::{ControlReply, ControlRequest, Refresh};
 
 use crate::client::{run, shell};
-use crate::lifecycle::evidence;
+use crate::lifecycle::identity_report;
 use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -63,7 +63,7 @@ fn the_images_machine_id_is_never_visible() {
             machine_id: machine_id.into(),
             ..Refresh::default()
         }));
-        assert_eq!(evidence(&agent).machine_id, machine_id, "{what}");
+        assert_eq!(identity_report(&agent).machine_id, machine_id, "{what}");
         let null = std::fs::metadata("/dev/null").unwrap();
         assert!(!null.is_file(), "{what}: the device stays one");
     }
@@ -86,9 +86,15 @@ fn identity_survives_the_actions_of_systemd() {
         ..Refresh::default()
     };
     agent.control().ask(&ControlRequest::Refresh(refresh));
-    let evidence = evidence(&agent);
-    assert_eq!(evidence.machine_id, "89abcdef0123456789abcdef01234567");
-    assert_eq!(evidence.epoch, "31234567-89ab-4def-8123-456789abcdef");
+    let identity_report = identity_report(&agent);
+    assert_eq!(
+        identity_report.machine_id,
+        "89abcdef0123456789abcdef01234567"
+    );
+    assert_eq!(
+        identity_report.epoch,
+        "31234567-89ab-4def-8123-456789abcdef"
+    );
 }
 
 /// Starts an agent with the image that `build` creates.

@@ -1,6 +1,6 @@
 //! Tests of the workload's life cycle: attach, main command, freeze, power-off.
 
-use sm_guest_proto::control::{ControlReply, ControlRequest, Evidence, Refresh};
+use sm_guest_proto::control::{ControlReply, ControlRequest, IdentityReport, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
@@ -47,9 +47,9 @@ fn error(reply: ControlReply) -> String {
     }
 }
 
-pub(crate) fn evidence(agent: &Agent) -> Evidence {
-    match agent.control().ask(&ControlRequest::Evidence) {
-        ControlReply::Evidence(evidence) => evidence,
+pub(crate) fn identity_report(agent: &Agent) -> IdentityReport {
+    match agent.control().ask(&ControlRequest::IdentityReport) {
+        ControlReply::IdentityReport(identity_report) => identity_report,
         other => panic!("{other:?}"),
     }
 }
@@ -81,7 +81,7 @@ fn the_main_command_waits_for_the_thaw() {
         ..Refresh::default()
     };
     control.ask(&ControlRequest::Refresh(refresh));
-    assert_eq!(evidence(&agent).machine_id, machine_id);
+    assert_eq!(identity_report(&agent).machine_id, machine_id);
     assert_eq!(control.ask(&ControlRequest::Thaw), ControlReply::Done);
     assert_eq!(main.collect().text(), format!("{machine_id}\n"));
     // It exited with the main command, or before.
@@ -169,15 +169,24 @@ fn the_root_is_assembled() {
         text("cat /run/sm-epoch"),
         "21234567-89ab-4def-8123-456789abcdef\n"
     );
-    let evidence = evidence(&agent);
-    assert_eq!(evidence.machine_id, "0123456789abcdef0123456789abcdef");
-    assert_eq!(evidence.boot_id, "01234567-89ab-4def-8123-456789abcdef");
-    assert_eq!(evidence.epoch, "21234567-89ab-4def-8123-456789abcdef");
-    assert_eq!(evidence.hostname, "clone");
-    assert_eq!(evidence.uuid.len(), 36);
+    let identity_report = identity_report(&agent);
+    assert_eq!(
+        identity_report.machine_id,
+        "0123456789abcdef0123456789abcdef"
+    );
+    assert_eq!(
+        identity_report.boot_id,
+        "01234567-89ab-4def-8123-456789abcdef"
+    );
+    assert_eq!(
+        identity_report.epoch,
+        "21234567-89ab-4def-8123-456789abcdef"
+    );
+    assert_eq!(identity_report.hostname, "clone");
+    assert_eq!(identity_report.uuid.len(), 36);
     // The report contains what the workload reads, not what the host sent.
     text("rm /etc/machine-id && echo other >/etc/machine-id");
-    assert_eq!(self::evidence(&agent).machine_id, "other");
+    assert_eq!(self::identity_report(&agent).machine_id, "other");
     assert_eq!(text("cat /etc/resolv.conf"), "nameserver 10.9.9.9\n");
     let hosts = text("cat /etc/hosts");
     assert!(
@@ -294,9 +303,15 @@ fn a_read_only_root() {
         ..Refresh::default()
     };
     control.ask(&ControlRequest::Refresh(refresh));
-    let evidence = evidence(&agent);
-    assert_eq!(evidence.machine_id, "76543210fedcba9876543210fedcba98");
-    assert_eq!(evidence.epoch, "41234567-89ab-4def-8123-456789abcdef");
+    let identity_report = identity_report(&agent);
+    assert_eq!(
+        identity_report.machine_id,
+        "76543210fedcba9876543210fedcba98"
+    );
+    assert_eq!(
+        identity_report.epoch,
+        "41234567-89ab-4def-8123-456789abcdef"
+    );
     let output = run(agent.path(), &shell("touch /run/x 2>/dev/null; echo $?"));
     assert_eq!(output.text(), "1\n");
     let output = run(

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use sm_guest_proto::control::{ControlReply, ControlRequest, Evidence, Refresh};
+use sm_guest_proto::control::{ControlReply, ControlRequest, IdentityReport, Refresh};
 use sm_guest_proto::exec::Role;
 use sm_guest_proto::frame::FrameType;
 
@@ -103,9 +103,9 @@ fn nowhere_to_log_to_ends_nothing() {
     assert_eq!(control.ask(&off), ControlReply::Done);
 }
 
-fn report(control: &mut ControlClient) -> Evidence {
-    match control.ask(&ControlRequest::Evidence) {
-        ControlReply::Evidence(evidence) => evidence,
+fn report(control: &mut ControlClient) -> IdentityReport {
+    match control.ask(&ControlRequest::IdentityReport) {
+        ControlReply::IdentityReport(identity_report) => identity_report,
         other => panic!("{other:?}"),
     }
 }
@@ -185,10 +185,10 @@ fn files_that_do_not_respond_block_no_other_request() {
     let mut server = start_running(agent.path(), &shell(script));
     assert_eq!(server.next_kind(FrameType::Stdout), b"mounted\n");
     let mut asking = agent.control();
-    asking.send(&ControlRequest::Evidence);
+    asking.send(&ControlRequest::IdentityReport);
     let mut control = agent.control();
     // The first report is in progress when this is answered.
-    let again = control.ask(&ControlRequest::Evidence);
+    let again = control.ask(&ControlRequest::IdentityReport);
     let ControlReply::Error { message } = again else {
         panic!("{again:?}");
     };
@@ -213,11 +213,11 @@ fn files_that_do_not_respond_block_no_other_request() {
     // Without its server, reading fails, which counts as an answer.
     server.send(FrameType::Signal, &[9]);
     assert_eq!(server.collect().status, Some(137));
-    let evidence = report(&mut control);
-    assert_eq!(evidence.machine_id, "");
+    let identity_report = report(&mut control);
+    assert_eq!(identity_report.machine_id, "");
     run(agent.path(), &shell("umount /etc/machine-id"));
-    let evidence = report(&mut control);
-    assert_eq!(evidence.machine_id, machine_id);
+    let identity_report = report(&mut control);
+    assert_eq!(identity_report.machine_id, machine_id);
 }
 
 /// systemd and other init systems enable controllers for the groups below their own, in

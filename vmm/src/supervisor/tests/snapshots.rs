@@ -1,6 +1,6 @@
 //! Snapshots, clones and resets.
 
-use sm_guest_proto::control::Evidence;
+use sm_guest_proto::control::IdentityReport;
 
 use super::held::until;
 use super::*;
@@ -525,11 +525,11 @@ fn a_machine_started_for_its_identity_report_lives_as_long_as_its_launcher() {
         ..Refreshed::default()
     }));
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Evidence, "and no thaw");
-    agent.send_json(&ControlReply::Evidence(Evidence::default()));
+    assert_eq!(request, ControlRequest::IdentityReport, "and no thaw");
+    agent.send_json(&ControlReply::IdentityReport(IdentityReport::default()));
     let mut launcher = f.launcher.take().unwrap();
     let told = std::iter::from_fn(|| match launcher.next_event().unwrap().unwrap() {
-        Event::Evidence(_) => None,
+        Event::IdentityReport(_) => None,
         other => Some(format!("{other:?}")),
     });
     assert!(told.count() > 0, "phases come first");

@@ -1,6 +1,6 @@
 //! Machines that are started for their identity report.
 
-use sm_control::launch::Testimony;
+use sm_control::launch::VmIdentityReport;
 use sm_control::session::{Event, Session};
 
 use super::{Launched, not_started, talking, vmm_died};
@@ -10,15 +10,17 @@ use crate::reaper::Process;
 impl Launched {
     /// Processes events of the VMM until it has sent the identity report. The machine
     /// lives as long as the returned value.
-    pub(crate) fn until_evidence(mut self) -> Result<(Testimony, Witness), Error> {
+    pub(crate) fn until_identity_report(
+        mut self,
+    ) -> Result<(VmIdentityReport, ReportingVm), Error> {
         loop {
             match self.session.next_event().map_err(talking)? {
-                Some(Event::Evidence(told)) => {
-                    let witness = Witness {
+                Some(Event::IdentityReport(told)) => {
+                    let reporting = ReportingVm {
                         session: Some(self.session),
                         child: self.child,
                     };
-                    return Ok((told, witness));
+                    return Ok((told, reporting));
                 }
                 Some(Event::Ended(exit)) => {
                     // Reaps the process, which is about to exit.
@@ -33,12 +35,12 @@ impl Launched {
 }
 
 /// A machine that was started for its identity report, and exits when this is dropped.
-pub(crate) struct Witness {
+pub(crate) struct ReportingVm {
     session: Option<Session>,
     child: Process,
 }
 
-impl Drop for Witness {
+impl Drop for ReportingVm {
     fn drop(&mut self) {
         // The VMM exits and cleans up when its launcher closes the connection.
         self.session = None;

@@ -36,7 +36,7 @@ impl Stopwatch {
 }
 
 /// A machine without vCPUs.
-pub(super) struct Chassis<H: Hypervisor> {
+pub(super) struct MachineBuilder<H: Hypervisor> {
     pub(super) vm: H::Vm,
     pub(super) memory: MachineMemory,
     pub(super) bus: Arc<MachineBus>,
@@ -51,7 +51,7 @@ pub(super) struct Chassis<H: Hypervisor> {
 /// The vCPU threads of a machine, and the tokens of the restored ones.
 pub(super) type Started<A> = (Vec<VcpuThread<A>>, Vec<RestoredVcpu>);
 
-impl<H: Hypervisor> Chassis<H> {
+impl<H: Hypervisor> MachineBuilder<H> {
     pub(super) fn build(
         host: &H,
         memory: MachineMemory,
