@@ -102,6 +102,11 @@ pub(crate) trait GuestMachine {
     fn is_delivering(&mut self) -> bool {
         false
     }
+    /// Returns true if bytes that the guest has sent to clients of its commands are still in
+    /// flight; [`SupervisorEvent::Delivered`] follows then. Also after the machine's end.
+    fn is_delivering_commands(&mut self) -> bool {
+        false
+    }
     /// Stops the machine; [`Self::end`] becomes available.
     fn stop(&mut self);
     /// Returns a descriptor that becomes, and stays, readable when the machine has ended.
@@ -154,7 +159,8 @@ pub(crate) enum SupervisorEvent {
     Snapshot(Result<PublishedSnapshot, String>),
     /// The guest became unreachable because its driver broke the vsock device; the cause.
     Unreachable(String),
-    /// All bytes that the guest has sent to published ports were delivered.
+    /// All bytes that the guest has sent to published ports, or to clients of its commands,
+    /// were delivered.
     Delivered,
 }
 

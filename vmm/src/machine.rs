@@ -76,7 +76,7 @@ pub(crate) struct RunningMachine {
     capturing: Option<Capturing>,
     /// Threads that publish snapshots.
     publishing: Vec<JoinHandle<()>>,
-    _exec: FrontendHandle,
+    exec: FrontendHandle,
     published: Published,
     _event_loop: EventLoop,
     /// The snapshot with the mapped pages.
@@ -313,7 +313,7 @@ fn begin(
         events: events.clone(),
         capturing: None,
         publishing: Vec::new(),
-        _exec: exec,
+        exec,
         published,
         _event_loop: event_loop,
         source,

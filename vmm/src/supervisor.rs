@@ -13,6 +13,7 @@ mod admission;
 mod clients;
 mod ending;
 mod guest_side;
+mod machine_end;
 mod output;
 mod signals;
 mod snapshots;
@@ -201,7 +202,7 @@ impl<G: GuestMachine> Supervisor<G> {
             signals: Vec::new(),
             signals_sent: 0,
             signal_timeout: signals::SIGNAL_TIMEOUT,
-            power_off_timeout: ending::POWER_OFF_TIMEOUT,
+            power_off_timeout: machine_end::POWER_OFF_TIMEOUT,
             record_retry: ending::RECORD_RETRY,
             epoch: String::new(),
             start_error: None,
@@ -257,7 +258,8 @@ impl<G: GuestMachine> Supervisor<G> {
             fds.push(fd);
         };
         if let Some(guest) = &self.guest {
-            if self.stage.machine_end() != Some(MachineEnd::Ended) {
+            let end = self.stage.machine_end();
+            if !matches!(end, Some(MachineEnd::Draining | MachineEnd::Ended)) {
                 let fd = PollFd::from_borrowed_fd(guest.end_event(), PollFlags::IN);
                 add(PollSource::GuestEnd, fd);
             }

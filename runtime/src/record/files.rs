@@ -5,8 +5,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::{RecordError, RecordFormError, VmConfig, io_error};
 
@@ -30,6 +30,19 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, R
 /// Reads the configuration in a record; `None` if the file does not exist.
 pub(super) fn read_config(path: &Path) -> Result<Option<VmConfig>, RecordError> {
     read(path, VmConfig::from_record)
+}
+
+/// Returns name and removal of a record of a later version, if it has these members.
+pub(super) fn read_name(path: &Path) -> Option<(String, bool)> {
+    #[derive(Deserialize)]
+    struct Named {
+        name: String,
+        #[serde(default)]
+        auto_remove: bool,
+    }
+
+    let named: Named = read_json(path).ok()??;
+    Some((named.name, named.auto_remove))
 }
 
 fn read<T>(

@@ -11,7 +11,7 @@ use sm_control::config::RecordConfigV1;
 use sm_control::id::{VmId, generate_name, is_valid_name};
 use sm_control::with_causes;
 
-use super::files::{dir_names, read_config, remove_tree, write_json};
+use super::files::{dir_names, read_config, read_name, remove_tree, write_json};
 use super::{
     CONFIG, CONSOLE, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error, is_vanishing,
     try_lock,
@@ -228,6 +228,11 @@ impl Records {
                 match read_config(&directory.join(CONFIG)) {
                     Ok(Some(config)) => {
                         known.insert(id.clone(), (config.name, config.auto_remove));
+                    }
+                    Err(error) if error.is_of_later_version() => {
+                        if let Some((name, auto_remove)) = read_name(&directory.join(CONFIG)) {
+                            known.insert(id.clone(), (name, auto_remove));
+                        }
                     }
                     // A record that has disappeared, or whose name is lost, has none.
                     Ok(None) | Err(RecordError::Form { .. }) => {}

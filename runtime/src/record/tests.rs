@@ -296,6 +296,22 @@ fn the_record_of_an_ended_vm_stays_out_of_listings_while_it_disappears() {
 }
 
 #[test]
+fn the_name_of_a_record_of_a_later_version_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |id, name| Ok(config(id, name));
+    let (record, _lock) = fixture_in(dir.path()).create(Some("web"), make).unwrap();
+    let later = br#"{"version": 99, "name": "web", "more": [1]}"#;
+    std::fs::write(record.directory().join(CONFIG), later).unwrap();
+    let records = fixture_in(dir.path());
+    let taken = records.create(Some("web"), make).unwrap_err();
+    assert!(taken.to_string().contains("taken"), "{taken}");
+    records.create(Some("other"), make).unwrap();
+    // One without a name prevents nothing.
+    std::fs::write(record.directory().join(CONFIG), br#"{"version": 99}"#).unwrap();
+    fixture_in(dir.path()).create(Some("web"), make).unwrap();
+}
+
+#[test]
 fn a_name_is_not_free_while_its_record_cannot_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let make = |id, name| Ok(config(id, name));

@@ -258,6 +258,16 @@ impl GuestMachine for RunningMachine {
             .when_delivered(move || events.send(SupervisorEvent::Delivered))
     }
 
+    fn is_delivering_commands(&mut self) -> bool {
+        let clients = self.exec.connections();
+        if clients.undelivered() == 0 {
+            return false;
+        }
+        let events = self.events.clone();
+        clients.when_delivered(move || events.send(SupervisorEvent::Delivered));
+        true
+    }
+
     fn stop(&mut self) {
         self.exit.report(MachineExit::Stopped);
     }

@@ -11,25 +11,18 @@ use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
+use super::machine_end::DELIVERY_TIMEOUT;
 use super::stage::{Ending, MachineActivity, MachineEnd, RunningStage, SupervisorStage};
 use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::Purpose;
 use crate::guest::{GuestEnd, GuestMachine};
 
-/// Time limit for a machine to stop before the process exits.
-const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay before the exit record is written again after a failure.
 pub(super) const RECORD_RETRY: Duration = Duration::from_secs(1);
 /// Time limit for the workload's exit report after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time limit for the guest to power itself off.
-pub(super) const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time limit for the agent's answer about OOM kills.
 const OOM_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Time limit for delivering the bytes that an exited workload had sent to published
-/// ports.
-const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Exit status of a command that SIGKILL killed.
 const KILLED: u32 = 128 + signal::KILL as u32;
@@ -64,7 +57,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorTimer::StreamEnded => self.host_failed("the guest agent disconnected"),
             SupervisorTimer::Delivery => {
                 tracing::info!("clients did not read the guest's last bytes in time");
-                self.power_off();
+                self.delivered();
             }
             SupervisorTimer::PowerOff => {
                 tracing::warn!("the guest did not power itself off");
@@ -299,11 +292,6 @@ impl<G: GuestMachine> Supervisor<G> {
         self.machine_has_ended();
     }
 
-    fn machine_has_ended(&mut self) {
-        self.machine_ends(MachineEnd::Ended);
-        self.release_when_published();
-    }
-
     /// Handles a failure of the machine that the guest did not cause.
     pub(super) fn host_failed(&mut self, what: &str) {
         match &self.stage {
@@ -317,22 +305,6 @@ impl<G: GuestMachine> Supervisor<G> {
     fn guest_failed(&mut self, what: &str) {
         let message = self.with_console(what);
         self.conclude(OUR_FAILURE, ExitReason::GuestFailed, Some(message));
-    }
-
-    /// Releases the machine after its end, unless a snapshot of it is being published:
-    /// the client is notified of the result first.
-    pub(super) fn release_when_published(&mut self) {
-        match &self.stage {
-            SupervisorStage::Ending(Ending {
-                machine: MachineEnd::Ended,
-                publishing: None,
-                ..
-            }) => self.release(),
-            SupervisorStage::Starting(_)
-            | SupervisorStage::Running(_)
-            | SupervisorStage::Resetting(_)
-            | SupervisorStage::Ending(_) => {}
-        }
     }
 
     fn exit_record(&self, status: u32, reason: ExitReason, message: Option<String>) -> ExitRecord {
@@ -465,83 +437,9 @@ impl<G: GuestMachine> Supervisor<G> {
         }
     }
 
-    fn ended_by_itself(&self) -> bool {
+    pub(super) fn ended_by_itself(&self) -> bool {
         let exit = self.stage.exit();
         exit.is_some_and(|exit| exit.reason == ExitReason::Workload)
-    }
-
-    /// Handles the event that all bytes to published ports were delivered.
-    pub(super) fn delivered(&mut self) {
-        match self.stage.machine_end() {
-            Some(MachineEnd::Delivering) => {
-                self.clear_timer(SupervisorTimer::Delivery);
-                self.power_off();
-            }
-            // The event is late.
-            Some(MachineEnd::PoweringOff | MachineEnd::Stopping | MachineEnd::Ended) | None => {}
-        }
-    }
-
-    /// Powers the guest off if its workload exited; [`Self::guest_ended`] follows.
-    fn power_off(&mut self) {
-        let by_itself = self.ended_by_itself();
-        match &mut self.agent {
-            // Commands beside the workload are killed by the power-off; their clients
-            // still get the last output and the status.
-            Some(agent) if by_itself => {
-                let request = ControlRequest::PowerOff { grace_ms: 0 };
-                agent.ask(Purpose::PowerOff, &request);
-                self.machine_ends(MachineEnd::PoweringOff);
-                self.set_timer(SupervisorTimer::PowerOff, self.power_off_timeout);
-            }
-            _ => self.stop_machine(),
-        }
-    }
-
-    /// Stops the machine, without the guest's cooperation.
-    pub(super) fn stop_machine(&mut self) {
-        self.agent = None;
-        self.clear_timer(SupervisorTimer::Delivery);
-        self.clear_timer(SupervisorTimer::PowerOff);
-        self.machine_ends(MachineEnd::Stopping);
-        if let Some(guest) = &mut self.guest {
-            guest.stop();
-            self.set_timer(SupervisorTimer::End, END_TIMEOUT);
-        }
-    }
-
-    /// Notes the progress of the end of the machine. It ends once.
-    fn machine_ends(&mut self, how: MachineEnd) {
-        if let SupervisorStage::Ending(ending) = &mut self.stage
-            && ending.machine != MachineEnd::Ended
-        {
-            ending.machine = how;
-        }
-    }
-
-    /// Releases all resources of the machine and, once the exit record is written, the
-    /// record's lock. Clients may still read queued bytes.
-    fn release(&mut self) {
-        self.guest = None;
-        self.clear_guest_timers();
-        if !self.stage.is_unwritten() {
-            self.clean_up();
-        }
-    }
-
-    fn clean_up(&mut self) {
-        if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
-            tracing::error!(%error, "output is missing from the log");
-        }
-        let cleaned = if self.request.config.auto_remove {
-            self.record.erase()
-        } else {
-            self.record.remove_sockets()
-        };
-        if let Err(error) = cleaned {
-            tracing::warn!(%error, "left something behind");
-        }
-        self.lock = None;
     }
 
     /// Appends the last lines of the guest's console to `message`, which may quote the

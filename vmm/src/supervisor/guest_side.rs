@@ -467,7 +467,12 @@ impl<G: GuestMachine> Supervisor<G> {
         match self.stage.machine_end() {
             // The guest was asked to power off, and its agent is gone.
             Some(MachineEnd::PoweringOff) => self.stop_machine(),
-            Some(MachineEnd::Delivering | MachineEnd::Stopping | MachineEnd::Ended) => {}
+            Some(
+                MachineEnd::Delivering
+                | MachineEnd::Stopping
+                | MachineEnd::Draining
+                | MachineEnd::Ended,
+            ) => {}
             None if self.is_set(SupervisorTimer::StreamEnded) => {}
             None => self.set_timer(SupervisorTimer::StreamEnded, STREAM_END_TIMEOUT),
         }

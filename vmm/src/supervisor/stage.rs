@@ -128,6 +128,9 @@ pub(super) enum MachineEnd {
     PoweringOff,
     /// The machine is asked to end.
     Stopping,
+    /// The guest has powered itself off, and the last bytes of its commands are on their way
+    /// to clients.
+    Draining,
     /// The machine has ended.
     Ended,
 }

@@ -62,6 +62,11 @@ pub(crate) struct FakeState {
     pub(crate) closed: Mutex<bool>,
     /// True if bytes that it has sent are still in flight.
     pub(crate) delivers: Mutex<bool>,
+    /// Receives a message when the supervisor asks for bytes to clients of commands, which
+    /// are in flight then.
+    pub(crate) commands: Mutex<Option<Sender<()>>>,
+    /// What happened, in order.
+    pub(crate) order: Mutex<Vec<&'static str>>,
     /// Number of image snapshots.
     pub(crate) roots: Mutex<u32>,
     pub(crate) source_discarded: Mutex<bool>,
@@ -71,6 +76,12 @@ impl FakeState {
     pub(crate) fn end(&self, end: GuestEnd) {
         self.end.lock().unwrap().get_or_insert(end);
         rustix::io::write(&self.ended, &1u64.to_ne_bytes()).unwrap();
+    }
+}
+
+impl Drop for FakeGuest {
+    fn drop(&mut self) {
+        self.state.order.lock().unwrap().push("released");
     }
 }
 
@@ -151,6 +162,10 @@ impl GuestMachine for FakeGuest {
     }
     fn is_delivering(&mut self) -> bool {
         *self.state.delivers.lock().unwrap()
+    }
+    fn is_delivering_commands(&mut self) -> bool {
+        let asked = self.state.commands.lock().unwrap().take();
+        asked.is_some_and(|asked| asked.send(()).is_ok())
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
@@ -406,6 +421,8 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         capture_cancelled: Mutex::new(false),
         closed: Mutex::new(false),
         delivers: Mutex::new(false),
+        commands: Mutex::new(None),
+        order: Mutex::new(Vec::new()),
         roots: Mutex::new(0),
         source_discarded: Mutex::new(false),
     });

@@ -21,8 +21,9 @@ mod part {
 }
 
 /// Timeout for processes to end after SIGKILL. One that is blocked on a device or on a
-/// file system without a server may never end.
-const KILL_DEADLINE: Duration = Duration::from_secs(1);
+/// file system without a server may never end. With [`FLUSH_DEADLINE`], it is less than the
+/// two seconds after which the host stops the machine.
+const KILL_DEADLINE: Duration = Duration::from_millis(500);
 
 /// Timeout for clients to accept the rest of their output.
 const FLUSH_DEADLINE: Duration = Duration::from_millis(1000);
@@ -94,6 +95,8 @@ impl Agent {
             stage: Stage::Terminating,
             deadline: None,
         });
+        // The first deadline, because the answer to a freeze may advance the power-off.
+        self.power_timer(grace.min(MAX_GRACE), part::GRACE);
         self.cancel_freeze();
         // The agent asks an init without a main command to exit by closing its channel.
         let waiting = self
@@ -115,8 +118,6 @@ impl Agent {
                 let _ = sys::kill(pid, signal);
             }
         }
-        let grace = grace.min(MAX_GRACE);
-        self.power_timer(grace, part::GRACE);
         self.check_power();
     }
 

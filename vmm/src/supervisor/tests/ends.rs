@@ -196,6 +196,35 @@ fn a_guest_whose_workload_has_ended_is_asked_to_power_off() {
     assert!(agent.receive().is_none(), "one that does not is stopped");
 }
 
+/// The machine has bytes that clients of commands have not read when the guest is off.
+#[test]
+fn the_last_bytes_of_commands_are_delivered_before_the_release() {
+    for is_read in [true, false] {
+        let mut f = fixture(SupervisorSetup::default());
+        let (mut agent, mut main) = f.start();
+        let (send, asked) = std::sync::mpsc::channel();
+        *f.guest.commands.lock().unwrap() = Some(send);
+        main.exit(0);
+        let request: ControlRequest = agent.receive_json(FrameType::Control);
+        assert_eq!(request, ControlRequest::PowerOff { grace_ms: 0 });
+        agent.send_json(&ControlReply::Done);
+        assert!(agent.receive().is_none());
+        f.guest.end(GuestEnd::Guest("the guest is off".into()));
+        asked.recv().unwrap();
+        if is_read {
+            f.guest.order.lock().unwrap().push("read");
+            f.dial.send(SupervisorEvent::Delivered);
+        }
+        f.finish();
+        let order = f.guest.order.lock().unwrap().clone();
+        match is_read {
+            true => assert_eq!(order, ["read", "released"]),
+            // Not longer than a fixed time.
+            false => assert_eq!(order, ["released"]),
+        }
+    }
+}
+
 #[test]
 fn a_guest_whose_agent_is_gone_is_stopped() {
     let mut f = fixture(SupervisorSetup::default());
