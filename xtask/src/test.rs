@@ -38,6 +38,8 @@ pub(crate) const UNIT_PACKAGES: [&str; 12] = [
 /// Time limit of a test program, for one that hangs. The lab is about 20 times slower
 /// than hardware, and a busy machine several times slower than an idle one.
 const LAB_TIMEOUT: Duration = Duration::from_secs(40 * 60);
+/// That limit with `--full`. The whole of `fidelity` takes 40 minutes beside other work.
+const FULL_LAB_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
 /// Memory for a 6 GiB guest that uses little of it.
 const LAB_MEMORY_MIB: u32 = 8192;
 
@@ -249,7 +251,10 @@ fn one_in_the_lab(
         command,
         environment: environment.to_vec(),
         memory_mib: LAB_MEMORY_MIB,
-        timeout: Some(LAB_TIMEOUT),
+        timeout: Some(match options.full {
+            true => FULL_LAB_TIMEOUT,
+            false => LAB_TIMEOUT,
+        }),
         ..LabJob::default()
     };
     let buffered = Arc::default();
