@@ -2,8 +2,8 @@
 //!
 //! All messages travel in the frames of [`sm_guest_proto::frame`] over unix sockets
 //! between processes of one user. Launcher and VMM are one version of this crate: the
-//! launcher starts its own executable, or another one that refuses any other version. A client of another version gets an error
-//! reply for a request that the VMM cannot parse.
+//! launcher starts its own executable, or another one that refuses any other version. A
+//! client of another version gets an error reply for a request that the VMM cannot parse.
 
 use std::path::PathBuf;
 

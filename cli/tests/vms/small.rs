@@ -12,15 +12,20 @@ use sm_image::{Compression, Config, LayoutBuilder, MemoryFile};
 
 use crate::fake::{User, receive, send_json, text};
 
-#[test]
-fn an_invalid_quota_is_refused_before_a_pull() {
-    let user = User::new();
+/// Creates an image of one file, and returns its reference.
+fn layout(user: &User) -> String {
     let layout = user.path("layout");
     let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();
     let file = MemoryFile::File(b"x".to_vec());
     image.memory_layer(&[("file", 0o644, file)]).unwrap();
     image.finish("latest", Config::default()).unwrap();
-    let reference = format!("oci:{}", layout.display());
+    format!("oci:{}", layout.display())
+}
+
+#[test]
+fn an_invalid_quota_is_refused_before_a_pull() {
+    let user = User::new();
+    let reference = layout(&user);
     for (command, status) in [("pull", 1), ("run", 125)] {
         let done = user
             .command(&[command, &reference])
@@ -45,16 +50,12 @@ fn an_invalid_quota_is_refused_before_a_pull() {
 #[test]
 fn the_warning_about_a_quota_says_what_to_do() {
     let user = User::new();
-    let layout = user.path("layout");
-    let mut image = LayoutBuilder::new(&layout, Compression::Gzip(1)).unwrap();
-    let file = MemoryFile::File(b"x".to_vec());
-    image.memory_layer(&[("file", 0o644, file)]).unwrap();
-    image.finish("latest", Config::default()).unwrap();
+    let reference = layout(&user);
     let snapshot = user.path("data/sm/snapshots/warm");
     fs::create_dir_all(&snapshot).unwrap();
     fs::write(snapshot.join("manifest.json"), b"{").unwrap();
     let done = user
-        .command(&["pull", &format!("oci:{}", layout.display())])
+        .command(&["pull", &reference])
         .env("SM_IMAGE_QUOTA", "1")
         .output()
         .unwrap();

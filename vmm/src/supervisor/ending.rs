@@ -57,7 +57,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorTimer::StreamEnded => self.host_failed("the guest agent disconnected"),
             SupervisorTimer::Delivery => {
                 tracing::info!("clients did not read the guest's last bytes in time");
-                self.delivered();
+                self.delivery_is_over();
             }
             SupervisorTimer::PowerOff => {
                 tracing::warn!("the guest did not power itself off");

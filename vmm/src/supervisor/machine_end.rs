@@ -23,17 +23,17 @@ impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn machine_has_ended(&mut self) {
         // The agent has sent the last bytes of its commands and their statuses before it
         // powered the guest off; slow clients have not read them.
-        if self.stage.machine_end() == Some(MachineEnd::PoweringOff)
-            && self
-                .guest
-                .as_mut()
-                .is_some_and(GuestMachine::is_delivering_commands)
-        {
+        if self.stage.machine_end() == Some(MachineEnd::PoweringOff) && self.delivers_commands() {
             self.machine_ends(MachineEnd::Draining);
             self.set_timer(SupervisorTimer::Delivery, DELIVERY_TIMEOUT);
             return;
         }
         self.machine_is_drained();
+    }
+
+    fn delivers_commands(&mut self) -> bool {
+        let guest = self.guest.as_mut();
+        guest.is_some_and(GuestMachine::is_delivering_commands)
     }
 
     fn machine_is_drained(&mut self) {
@@ -59,8 +59,17 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     /// Handles the event that all bytes to published ports or to clients of commands were
-    /// delivered, or that the time for it is over.
+    /// delivered.
     pub(super) fn delivered(&mut self) {
+        // A late event of published ports says nothing about commands.
+        let is_draining = self.stage.machine_end() == Some(MachineEnd::Draining);
+        if !(is_draining && self.delivers_commands()) {
+            self.delivery_is_over();
+        }
+    }
+
+    /// Continues after the delivery of last bytes, or when its time is over.
+    pub(super) fn delivery_is_over(&mut self) {
         match self.stage.machine_end() {
             Some(MachineEnd::Delivering) => {
                 self.clear_timer(SupervisorTimer::Delivery);

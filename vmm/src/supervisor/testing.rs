@@ -62,8 +62,8 @@ pub(crate) struct FakeState {
     pub(crate) closed: Mutex<bool>,
     /// True if bytes that it has sent are still in flight.
     pub(crate) delivers: Mutex<bool>,
-    /// Receives a message when the supervisor asks for bytes to clients of commands, which
-    /// are in flight then.
+    /// Receives a message when the supervisor asks for bytes to clients of commands. They
+    /// are in flight until the test takes it.
     pub(crate) commands: Mutex<Option<Sender<()>>>,
     /// What happened, in order.
     pub(crate) order: Mutex<Vec<&'static str>>,
@@ -164,8 +164,8 @@ impl GuestMachine for FakeGuest {
         *self.state.delivers.lock().unwrap()
     }
     fn is_delivering_commands(&mut self) -> bool {
-        let asked = self.state.commands.lock().unwrap().take();
-        asked.is_some_and(|asked| asked.send(()).is_ok())
+        let asked = self.state.commands.lock().unwrap();
+        asked.as_ref().is_some_and(|asked| asked.send(()).is_ok())
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
