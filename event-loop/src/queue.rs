@@ -12,10 +12,9 @@
 //! forgets the subscriber of a descriptor when the subscriber is removed, even if epoll
 //! still has the descriptor, and ours are not.
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use event_manager::{
@@ -26,7 +25,9 @@ use crate::registration::{Ready, Registration};
 use crate::slab::Key;
 use crate::{Interest, Readiness};
 
-type Batch = Rc<RefCell<Vec<Ready>>>;
+/// Locked by the loop's thread only: a lock instead of a cell lets a queue be created by
+/// one thread and used by another.
+type Batch = Arc<Mutex<Vec<Ready>>>;
 
 /// Notes the events of one slot.
 struct Collector {
@@ -38,7 +39,8 @@ impl MutEventSubscriber for Collector {
     fn init(&mut self, _: &mut EventOps<'_>) {}
 
     fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
-        self.batch.borrow_mut().push(Ready {
+        let mut batch = self.batch.lock().unwrap_or_else(PoisonError::into_inner);
+        batch.push(Ready {
             registration: Registration::new(self.slot, events.data()),
             readiness: readiness(events.event_set()),
         });
@@ -81,7 +83,7 @@ impl Queue {
     pub(crate) fn add_slot(&mut self) {
         // As many as keys, which a u32 counts.
         let slot = u32::try_from(self.slots()).unwrap_or(u32::MAX);
-        let batch = Rc::clone(&self.batch);
+        let batch = Arc::clone(&self.batch);
         let collector = Collector { slot, batch };
         self.subscribers
             .push(self.manager.add_subscriber(collector));
@@ -137,7 +139,7 @@ impl Queue {
     ) -> io::Result<()> {
         let milliseconds = timeout.map_or(-1, milliseconds);
         let waited = self.manager.run_with_timeout(milliseconds);
-        ready.append(&mut self.batch.borrow_mut());
+        ready.append(&mut self.batch.lock().unwrap_or_else(PoisonError::into_inner));
         waited.map(drop).map_err(system_error)
     }
 

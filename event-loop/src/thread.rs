@@ -160,27 +160,15 @@ impl EventLoop {
             wake,
             thread: Mutex::new(None),
         });
-        let for_thread = Arc::clone(&shared);
-        // The queue does not leave its thread.
-        let (send, created) = sync_channel(1);
+        // Created here, so that nobody waits for the new thread.
+        let mut inner = Inner::new(Arc::clone(&shared))?;
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                *lock(&for_thread.thread) = Some(std::thread::current().id());
-                // Dropped in reverse order: callers that wait get their error before
-                // handlers are dropped, which may wait for these callers.
-                match Inner::new(Arc::clone(&for_thread)) {
-                    Ok(mut inner) => {
-                        let closing = Closing(for_thread);
-                        let _ = send.send(Ok(()));
-                        inner.run(&closing.0);
-                    }
-                    Err(error) => {
-                        let _ = send.send(Err(error));
-                    }
-                }
+                let closing = Closing(Arc::clone(&inner.shared));
+                *lock(&closing.0.thread) = Some(std::thread::current().id());
+                inner.run(&closing.0);
             })?;
-        created.recv().map_err(|_| stopped())??;
         Ok(Self {
             handle: EventLoopHandle { shared },
             thread: Some(thread),

@@ -116,6 +116,10 @@ pub trait VirtualMachine: Send + Sync + 'static {
     /// Its vCPUs before they are bound to a thread.
     type Seed: VcpuSeed<Arch = Self::Arch>;
 
+    /// Whether [`RestoringVcpu::finish_restore`] changes no state. A vCPU may then finish as
+    /// late as its next command, which saves its thread a wake-up in every restore.
+    const FINISH_IS_EMPTY: bool = false;
+
     /// Maps host memory into the guest.
     ///
     /// Cheapest on a VM that has no vCPU, interrupt line or doorbell yet: some versions of
@@ -162,7 +166,8 @@ pub trait VirtualMachine: Send + Sync + 'static {
 
     /// Restores interrupt controllers and clocks, after every vCPU of the VM has been
     /// restored (`vcpus` proves it). Returns the tokens with which the vCPUs finish, by
-    /// ascending index. Interrupt lines must be silent until all vCPUs have finished.
+    /// ascending index. Interrupt lines must be silent until all vCPUs have finished, unless
+    /// [`FINISH_IS_EMPTY`](Self::FINISH_IS_EMPTY).
     ///
     /// # Errors
     /// A missing vCPU, one of another VM, or state from another kind of backend.

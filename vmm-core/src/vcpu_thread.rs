@@ -7,8 +7,8 @@
 
 mod runner;
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use sm_hypervisor::{Arch, Bus, Error, Finish, Kicker, RestoredVcpu, VcpuSeed};
@@ -60,7 +60,8 @@ enum Command<A: Arch> {
     Park(Sender<()>),
     Save(Sender<Result<A::Vcpu, Error>>),
     Reload(Arc<A::Vcpu>, Sender<Result<RestoredVcpu, Error>>),
-    Finish(Finish, Sender<Result<(), Error>>),
+    /// Without a sender, the exit latch gets an error.
+    Finish(Finish, Option<Sender<Result<(), Error>>>),
 }
 
 /// Handle to a vCPU thread. Dropping it ends the thread.
@@ -69,6 +70,8 @@ pub(crate) struct VcpuThread<A: Arch> {
     kicker: Arc<dyn Kicker>,
     /// `None` once the thread has to end.
     commands: Option<Sender<Command<A>>>,
+    /// Sent before the next command.
+    deferred: Mutex<Option<Finish>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -148,6 +151,7 @@ impl<A: Arch> VcpuThread<A> {
             index,
             kicker,
             commands: Some(commands),
+            deferred: Mutex::new(None),
             thread: Some(thread),
         };
         Ok((this, Pending { index, answer }))
@@ -162,6 +166,11 @@ impl<A: Arch> VcpuThread<A> {
         let Some(commands) = &self.commands else {
             return Err(gone);
         };
+        let mut deferred = self.deferred.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(finish) = deferred.take() {
+            // If the thread has ended, the next line says so.
+            let _ = commands.send(Command::Finish(finish, None));
+        }
         commands.send(command).map_err(|_| gone)
     }
 
@@ -205,7 +214,14 @@ impl<A: Arch> VcpuThread<A> {
 
     /// Finishes the restore of a vCPU that has its state.
     pub(crate) fn finish(&self, finish: Finish) -> Result<Pending<Result<(), Error>>, VcpuError> {
-        self.ask(|reply| Command::Finish(finish, reply))
+        self.ask(|reply| Command::Finish(finish, Some(reply)))
+    }
+
+    /// Finishes the restore before the next command, without waking the thread for it. An
+    /// error ends the machine.
+    pub(crate) fn finish_later(&self, finish: Finish) {
+        let mut deferred = self.deferred.lock().unwrap_or_else(PoisonError::into_inner);
+        *deferred = Some(finish);
     }
 }
 
@@ -222,7 +238,6 @@ impl<A: Arch> Drop for VcpuThread<A> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use sm_hypervisor::state::x86_64::{BootRegisters, VcpuState};
@@ -463,6 +478,28 @@ mod tests {
         let finished = thread.finish(finish()).unwrap().wait_ok();
         assert!(matches!(finished, Err(VcpuError::Gone { vcpu: 3 })));
         thread.save().unwrap().wait_ok().unwrap();
+    }
+
+    #[test]
+    fn a_vcpu_may_finish_with_the_next_command() {
+        let (thread, script, exit) = spawn(Script::default());
+        for next in [VcpuThread::run, |thread: &VcpuThread<X86_64>| {
+            thread.save()?.wait_ok().map(drop)
+        }] {
+            let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+            thread.finish_later(Finish::new(&script.identity, 3));
+            next(&thread).unwrap();
+            thread.park().unwrap().wait().unwrap();
+        }
+        assert_eq!(exit.reason(), None);
+
+        let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+        thread.finish_later(Finish::new(&VmIdentity::new(), 3));
+        thread.run().unwrap();
+        let MachineExit::Failed { reason } = exit.wait() else {
+            panic!("{:?}", exit.reason());
+        };
+        assert!(reason.contains("vCPU 3"), "{reason}");
     }
 
     #[test]

@@ -294,7 +294,6 @@ impl RestoringVcpu for KvmRestoring {
     type Vcpu = KvmVcpu;
 
     fn finish_restore(self, finish: Finish) -> Result<KvmVcpu, Error> {
-        // No state of a vCPU has to follow KVM's interrupt controllers.
         self.0.vm.identity.redeem(self.0.index, finish)?;
         Ok(self.0)
     }

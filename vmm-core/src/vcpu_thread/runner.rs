@@ -34,8 +34,14 @@ impl<A: Arch> Post<A> {
                     Ok(vcpu) => (Ok(()), Some(vcpu)),
                     Err(error) => (Err(error), None),
                 };
-                // A reply without a receiver is no loss.
-                let _ = reply.send(answer);
+                match (reply, answer) {
+                    // A reply without a receiver is no loss.
+                    (Some(reply), answer) => drop(reply.send(answer)),
+                    (None, Ok(())) => {}
+                    (None, Err(error)) => self.exit.report(MachineExit::Failed {
+                        reason: format!("vCPU {}: {error}", self.index),
+                    }),
+                }
                 vcpu
             }
             Ok(_) => {
