@@ -176,8 +176,9 @@ pub enum ControlCall {
         stdin: bool,
     },
     /// Send a signal to the workload's main process. Answered when the guest has delivered
-    /// it or failed to; immediately while the VM is paused or held for a snapshot, as the
-    /// signal is pending until the VM continues.
+    /// it or failed to, or has not answered in time. While the VM is paused or copied for a
+    /// snapshot, answered immediately, as the signal is pending until the VM continues.
+    /// SIGKILL resumes a paused VM and cancels a snapshot.
     Signal {
         /// Signal number.
         signal: u8,

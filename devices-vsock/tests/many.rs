@@ -198,8 +198,9 @@ fn ten_thousand_connections_echo_a_mebibyte_each() {
     echo(10_000, 1 << 20, 16 << 10);
 }
 
-/// While one reader does not read and its window is full, the others make progress: the
-/// test checks the bytes that they move, not the time, for ten seconds.
+/// While two readers, one on each side, do not read and their windows are full, the others
+/// make progress: the test checks the bytes that they move, not the time, for at least ten
+/// seconds.
 #[test]
 fn a_reader_that_stops_does_not_slow_others_down() {
     let mut guest = guest();

@@ -248,8 +248,8 @@ impl Inner {
             return;
         }
         let now = Instant::now();
-        // A handler may set another one that has passed already: descriptors, and other
-        // handlers, have their turn before that.
+        // A handler may set another one that has passed already: the number of calls is
+        // limited, so that descriptors have their turn.
         for _ in 0..self.table.timers() {
             match self.table.pop_timer(now) {
                 Some(Target::Handler(id, token)) => self.notify(id, token, Readiness::default()),

@@ -115,7 +115,8 @@ impl ExecBuilder {
     /// Sends the command to the guest. Events of the session report whether it started.
     ///
     /// # Errors
-    /// The VM is not running, or an environment entry is malformed.
+    /// The VM is not running, is paused or still starting, or an environment entry is
+    /// malformed.
     pub fn start(self) -> Result<Session, Error> {
         let mut request = self.request;
         let mut base = self.record.config().workload.env.clone();
@@ -150,7 +151,8 @@ impl ExecBuilder {
     /// Runs the command to its end and returns its output.
     ///
     /// # Errors
-    /// The VM is not running, or exits before the command.
+    /// The VM is not running, is paused or still starting, or exits before the command; or
+    /// an environment entry is malformed.
     pub fn output(self) -> Result<Output, Error> {
         self.start()?.output().map_err(|source| Error::Vmm {
             operation: "run the command in the VM",

@@ -168,8 +168,9 @@ impl Sm {
         self.0.agent.as_deref()
     }
 
-    /// Describes the guest agent of VMs. If another program is that of VMs, and no agent is
-    /// set, the agent is one that this program does not know.
+    /// Describes the guest agent of VMs. If VM processes run another program (see
+    /// [`SmBuilder::vmm`]) and no agent is set, that program has an agent of its own, which
+    /// is unknown here: the description names the program.
     ///
     /// # Errors
     /// There is none, or it cannot be read.

@@ -1,6 +1,6 @@
 //! The pages that a restored guest accesses first: recorded once, prefetched later.
 //!
-//! After the first restore of a snapshot, when the guest has reached its goal, the page
+//! After the first restore of a snapshot, when the workload has started, the page
 //! tables of the VMM process show the pages that were accessed; kernel fault-around adds
 //! neighbours, which are likely to be accessed next. Later restores map these pages with
 //! one system call per run instead of one fault per page. Pages that were written get

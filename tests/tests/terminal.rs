@@ -2,8 +2,8 @@
 
 use sm_e2e::{Home, Terminal, image, unique};
 
-/// Types a line to a shell and returns its output before `mark`, which the shell
-/// computes, so that the echo of the line does not contain it.
+/// Types a line to a shell and returns the terminal's output up to `done-42`, which the
+/// shell computes, so that the echo of the line does not contain it.
 #[track_caller]
 fn shell(terminal: &mut Terminal, line: &str) -> String {
     terminal.types(&format!("{line}; echo done-$((6*7))\r"));

@@ -164,8 +164,9 @@ pub trait VirtioDevice: Send {
     /// Called when the driver has notified queue `index`.
     fn queue_notified(&mut self, index: usize, registry: &mut dyn Registry);
 
-    /// Called when a registered host file descriptor is ready; `token` is the one that this
-    /// device passed to `Registry::add`.
+    /// Called when a registered host file descriptor is ready, or a timer or a further turn
+    /// is due; `token` is the one that this device passed to `Registry::add`, `set_timer` or
+    /// `again`.
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 
     /// Returns to the state before activation: completes or abandons all work in flight

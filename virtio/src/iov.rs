@@ -92,7 +92,7 @@ impl<'a> Window<'a> {
     }
 
     /// Copies the bytes from guest memory; returns false if there are too few of them to
-    /// fill `bytes`.
+    /// fill `bytes`, or a span is outside guest memory.
     #[must_use]
     pub fn copy_out(&self, memory: &GuestMemory, bytes: &mut [u8]) -> bool {
         let mut rest = bytes;

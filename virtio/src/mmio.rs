@@ -526,8 +526,9 @@ fn set_high(target: &mut u64, value: u32) {
 }
 
 impl MmioTransport {
-    /// Fills `data` from the register at `offset` of the window; leaves it unchanged if
-    /// there is no such register. vCPU threads may call it concurrently.
+    /// Fills `data` from the register at `offset` of the window. A register that does not
+    /// exist reads as zero; an access to registers that is not of 4 aligned bytes leaves
+    /// `data` unchanged. vCPU threads may call it concurrently.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(CONFIG_SPACE) {
             lock(&self.device).read_config(offset, data);

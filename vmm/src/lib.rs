@@ -142,8 +142,8 @@ pub use names::IMAGE_LABEL;
 #[cfg(any(test, feature = "testing"))]
 pub use supervisor::testing;
 
-/// Variable in the environment of this process, which detects a program that was started
-/// as a VMM and starts VMs instead.
+/// Environment variable of every VMM process. A process that has it and starts a VM was
+/// started as a VMM and has not called [`run_if_vmm`]: the start is refused.
 pub const VMM_VARIABLE: &str = "SM_VMM_PROCESS";
 
 /// The hidden subcommand with which a program is started as the process of a VM.

@@ -9,8 +9,8 @@ use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 
-/// Applies an operation to each VM, printing the name as given on success. All are tried;
-/// the exit status is that of the first failure.
+/// Applies an operation to each VM, and prints on success the text that it returns, or the
+/// name as given. All are tried; the exit status is [`FAILED`] if one fails.
 fn each(
     sm: &Sm,
     vms: &[String],

@@ -223,7 +223,7 @@ impl LinuxGuest {
     }
 
     /// Takes the packets that have arrived, and sends waiting ones; returns true if any has
-    /// arrived.
+    /// arrived, or if the device has taken one that was sent.
     ///
     /// # Panics
     /// If the device violates the protocol.

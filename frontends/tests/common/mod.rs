@@ -136,7 +136,7 @@ fn echo(mut guest: Guest) {
                 match op {
                     RW => stream.take(&packet),
                     // The host has shut down its sending direction: the guest does the
-                    // same.
+                    // same. If it has shut down both, the guest resets the connection.
                     SHUTDOWN => {
                         let op = if packet.flags == 3 { RST } else { SHUTDOWN };
                         let mut end = packet.reply(op);

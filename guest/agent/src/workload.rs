@@ -229,8 +229,8 @@ impl Workload {
     }
 
     /// Starts a command beside the workload's main command. It is a child of the agent
-    /// inside the workload's namespaces and `cgroup`, in the group that contains the
-    /// workload's PID 1.
+    /// inside the workload's namespaces, in the control group that contains the workload's
+    /// PID 1, or in `cgroup` if that group accepts no processes.
     pub(crate) fn spawn(
         &self,
         launch: &Launch,

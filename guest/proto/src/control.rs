@@ -21,9 +21,9 @@ use crate::exec::{Hello, base64_bytes};
 pub enum ControlRequest {
     /// Negotiate the protocol version. Answered by [`ControlReply::Hello`].
     Hello(Hello),
-    /// Give this guest a fresh identity. Sent after every start, before any workload code
-    /// runs: everything by which the workload could recognise another clone is fresh when
-    /// the reply arrives.
+    /// Give this guest a fresh identity. Sent after every start and reset, before any
+    /// workload code runs: when the reply arrives, the guest has no identifier in common
+    /// with other clones.
     Refresh(Refresh),
     /// Mount the root file system and prepare it for workloads.
     AttachRoot(AttachRoot),

@@ -19,7 +19,7 @@ pub const BULK_PAYLOAD: usize = 64 * 1024;
 pub const MESSAGE_PAYLOAD: usize = 64 * 1024;
 
 /// Returns the maximum payload in bytes of a type of frame, for receivers of frames from a
-/// guest, and from clients of a VMM. Such receivers buffer a complete frame.
+/// guest, from a VMM, and from clients of a VMM. Such receivers buffer a complete frame.
 #[must_use]
 pub fn payload_limit(kind: FrameType) -> usize {
     match kind {

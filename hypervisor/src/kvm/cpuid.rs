@@ -10,8 +10,9 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 /// Asynchronous page faults: a fault in flight cannot be saved.
 const KVM_ASYNC_PF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// XSAVE components that need a permission and 8 KiB for each task (Intel SDM volume 1
-/// section 18.13).
+/// XSAVE components of AMX: the tile configuration, and the tile data, for which Linux
+/// demands a permission and allocates 8 KiB for each task (Linux
+/// `Documentation/arch/x86/xstate.rst`).
 const AMX: u32 = 1 << 17 | 1 << 18;
 
 /// Returns the CPUID of vCPU `index` of `count`, each a core of its own in one package.

@@ -78,8 +78,8 @@ fn started<H: Backend>(hypervisor: &H, bus: &Recorder) -> (Bench<H>, VcpuOf<H>, 
     bench.put(VECTORS, &vectors());
     bench.put(DUMP + 0x900, b"fs found gs found");
     let mut vcpu = bench.boot(bus);
-    // The host enables the extended state: the guest's kernel may run on a processor that
-    // cannot execute XSETBV.
+    // The host enables the extended state: a KVM without hardware virtualisation may not
+    // emulate XSETBV.
     let mut state = vcpu.save().unwrap();
     let features = features(&state);
     if features != 0 {

@@ -27,7 +27,8 @@ impl Choice {
     /// Returns the index of the selected image among images with these names.
     ///
     /// # Errors
-    /// No or several images match; the sentence lists the names.
+    /// No or several images match. The sentence lists the names, unless an image is selected
+    /// by a number that does not exist.
     pub(super) fn among(&self, images: &[Vec<String>]) -> Result<usize, Cause> {
         let meant = self.all_among(images)?;
         match (meant.as_slice(), self) {

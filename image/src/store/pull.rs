@@ -31,7 +31,7 @@ use crate::tree::{Refused, Tree};
 impl Store {
     /// Finds an image at the source that its reference names, and converts missing parts
     /// into the store. A registry is only contacted if the store does not have the image
-    /// under its name.
+    /// under its name, or has it for another platform than the requested one.
     ///
     /// # Errors
     /// See [`Error`]. Complete layers remain in the store; it is otherwise unchanged.

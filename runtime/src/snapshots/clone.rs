@@ -204,7 +204,7 @@ fn fork(vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
     });
     drop(snapshot);
     // The last clone to exit removes the snapshot; removal is refused before. A snapshot
-    // that is left over is removed when another one is taken.
+    // that is left over is removed when another VM exits.
     let removed = SnapshotStore::open(&sm.home().snapshots()).and_then(|store| store.remove(&name));
     if let Err(error) = removed {
         tracing::debug!(%error, name, "the snapshot of a fork stays");

@@ -21,7 +21,7 @@ pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
 pub const GENERATION_ID: u64 = TABLES.end - 0x1000;
 
 /// Maximum number of vCPUs that the tables can describe: one local APIC with an 8-bit ID
-/// each, minus the broadcast ID.
+/// each. ID 255 is the broadcast ID, and 254 is not used.
 pub const MAX_VCPUS: u32 = 254;
 
 const OEM_ID: [u8; 6] = *b"SMVM  ";

@@ -3,7 +3,7 @@
 //! boot protocol.
 //!
 //! Kernel and initramfs files are not trusted: every number in them is checked before use,
-//! and none determines the size of an allocation.
+//! and allocations whose size depends on one are limited.
 
 mod bzimage;
 mod elf_pvh;

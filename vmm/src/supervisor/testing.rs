@@ -62,8 +62,8 @@ pub(crate) struct FakeState {
     pub(crate) closed: Mutex<bool>,
     /// True if bytes that it has sent are still in flight.
     pub(crate) delivers: Mutex<bool>,
-    /// Receives a message when the supervisor asks for bytes to clients of commands. They
-    /// are in flight until the test takes it.
+    /// Receives a message when the supervisor asks whether bytes to clients of commands are
+    /// in flight. They are until the test sets this to `None`.
     pub(crate) commands: Mutex<Option<Sender<()>>>,
     /// What happened, in order.
     pub(crate) order: Mutex<Vec<&'static str>>,

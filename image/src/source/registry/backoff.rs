@@ -62,8 +62,8 @@ impl<'s> Backoff<'s> {
         }
     }
 
-    /// Waits until the next attempt: for the pause that `registry` has `asked` for, or
-    /// slightly longer than the last time.
+    /// Waits until the next attempt: for the pause that `registry` has `asked` for, or for a
+    /// random time whose maximum doubles with each attempt.
     pub(super) fn again(&mut self, registry: &str, asked: Option<Duration>) -> Result<(), NoRetry> {
         if self.session.cancel.is_cancelled() {
             return Err(NoRetry::Cancelled);
