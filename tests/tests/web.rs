@@ -267,13 +267,15 @@ fn large_files_arrive_whole_and_load_loses_nothing() {
     ];
     let measuring = web.home.command(&measure).spawn().unwrap();
     let router = Router::start(&web.handoff);
-    for url in [
-        format!("http://{plain}/"),
-        format!("https://localhost:{}/", tls.port()),
-        format!("http://{}/", router.address),
+    // A slow machine must end all handshakes within the limit for one.
+    for (url, connections) in [
+        (format!("http://{plain}/"), "50"),
+        (format!("https://localhost:{}/", tls.port()), "10"),
+        (format!("http://{}/", router.address), "50"),
     ] {
         let done = Command::new("wrk")
-            .args(["-t", "1", "-c", "50", "-d", "5", "--timeout", "60s", &url])
+            .args(["-t", "1", "-c", connections, "-d", "5"])
+            .args(["--timeout", "60s", &url])
             .output()
             .unwrap();
         let report = String::from_utf8_lossy(&done.stdout).into_owned();
