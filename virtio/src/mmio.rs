@@ -136,7 +136,8 @@ impl EventHandler for LoopSide {
 }
 
 impl MmioTransport {
-    /// Creates the transport of `device` in `slot`.
+    /// Creates the transport of `device` in `slot`: a number of the caller's choice, which
+    /// names the device in logs and at [`Self::slot`].
     ///
     /// # Errors
     /// No descriptors are available, or the loop has stopped.
