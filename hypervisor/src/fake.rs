@@ -28,7 +28,7 @@ const PAGE: u64 = 4096;
 /// Next action of a vCPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Reads this many bytes of device memory; the result is an [`FakeEvent::Read`].
+    /// Reads this many bytes of device memory; the result is a [`FakeEvent::Read`].
     MmioRead(u64, usize),
     /// Writes device memory, or rings a doorbell.
     MmioWrite(u64, Vec<u8>),
