@@ -3,8 +3,10 @@
 //! | file | idea |
 //! |---|---|
 //! | `blk.rs`, `disk.rs` | the block device and its backings |
+//! | `layered.rs` | a disk of read-only layers under a writable one |
 //! | `rng.rs` | the entropy device |
 
 pub mod blk;
 pub mod disk;
+pub mod layered;
 pub mod rng;

@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 use sm_event_loop::EventLoop;
 use sm_virtio::GuestMemory;
+use sm_virtio::iov::Window;
 use sm_virtio::queue::Span;
 use sm_virtio::testing::{Driver, DriverQueue};
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, FileSegment};
+use sm_vmm_core::virtio::layered::{Layer, LayeredDisk};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 16 << 20;
@@ -82,6 +84,22 @@ fn raw(contents: &[u8]) -> (File, Disk) {
     let file = file(contents);
     let disk = Disk::raw(file.try_clone().unwrap(), false).unwrap();
     (file, disk)
+}
+
+/// A disk of two layers, of which the lower one has `contents`.
+fn layered(contents: &[u8]) -> Disk {
+    let capacity = u64::try_from(contents.len()).unwrap();
+    let layer = |id, below| {
+        let file = tempfile::tempfile().unwrap();
+        Layer::create(file, [id; 16], below, capacity).unwrap()
+    };
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), contents.len())]).unwrap();
+    memory.write_slice(contents, GuestAddress(0)).unwrap();
+    let all = [span(0, u32::try_from(contents.len()).unwrap())];
+    let base = LayeredDisk::new(vec![layer(1, None)]).unwrap();
+    base.write(&memory, Window::new(&all, 0, u32::MAX), 0)
+        .unwrap();
+    Disk::layered(base.freeze(layer(2, Some([1; 16]))).unwrap())
 }
 
 impl Bench {
@@ -379,7 +397,8 @@ proptest! {
 
     /// The disk is an array of bytes, for any division into requests.
     #[test]
-    fn a_raw_disk_is_an_array_of_bytes(
+    fn a_writable_disk_is_an_array_of_bytes(
+        is_layered: bool,
         requests in prop::collection::vec(
             (any::<bool>(), 0u64..40, prop::collection::vec(1u32..1024, 0..6), any::<u8>())
                 .prop_map(|(write, sector, lens, byte)| Io { write, sector, lens, byte }),
@@ -387,7 +406,7 @@ proptest! {
         ),
     ) {
         let mut model = vec![1u8; 32 * 512];
-        let (_file, disk) = raw(&model);
+        let disk = if is_layered { layered(&model) } else { raw(&model).1 };
         let mut bench = bench(disk, Access::ReadWrite);
         for Io { write, sector, mut lens, byte } in requests {
             // Whole sectors in all.

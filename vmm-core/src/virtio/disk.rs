@@ -1,5 +1,5 @@
-//! Backings of a block device: none, a read-only composite of file segments, or one raw
-//! file.
+//! Backings of a block device: none, a read-only composite of file segments, one raw file,
+//! or layers.
 
 use std::fs::File;
 use std::io;
@@ -11,6 +11,8 @@ use rustix::io::Errno;
 
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{self, Window};
+
+use super::layered::LayeredDisk;
 
 /// Length of a sector in bytes, the unit of the virtio-blk protocol.
 pub const SECTOR: u64 = 512;
@@ -58,6 +60,7 @@ enum Kind {
         file: File,
         read_only: bool,
     },
+    Layered(Box<LayeredDisk>),
 }
 
 /// Converts a length, limited to that of the largest window.
@@ -127,6 +130,17 @@ impl Disk {
         })
     }
 
+    /// Creates a disk from layers, the topmost of which is written to.
+    #[must_use]
+    pub fn layered(layers: LayeredDisk) -> Self {
+        let len = layers.capacity();
+        Self {
+            kind: Kind::Layered(Box::new(layers)),
+            len,
+            ranges: Vec::new(),
+        }
+    }
+
     /// Returns the capacity in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -142,13 +156,11 @@ impl Disk {
     /// Returns true if writes are refused.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        !matches!(
-            self.kind,
-            Kind::Raw {
-                read_only: false,
-                ..
-            }
-        )
+        match &self.kind {
+            Kind::Empty | Kind::Composite(_) => true,
+            Kind::Raw { read_only, .. } => *read_only,
+            Kind::Layered(_) => false,
+        }
     }
 
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -164,6 +176,9 @@ impl Disk {
     /// An access past the end of the disk, a file that has become shorter than it was when
     /// the disk was created (`UnexpectedEof`), or the file's error.
     pub fn read(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
+        if let Kind::Layered(layers) = &self.kind {
+            return layers.read(memory, window, offset);
+        }
         self.for_each_run(memory, window, offset, |part, file, at| {
             iov::read_exact_at(memory, part, file, at).map(|()| true)
         })?;
@@ -182,6 +197,9 @@ impl Disk {
         window: Window<'_>,
         offset: u64,
     ) -> io::Result<bool> {
+        if let Kind::Layered(layers) = &self.kind {
+            return layers.read_cached(memory, window, offset);
+        }
         self.for_each_run(memory, window, offset, |part, file, at| {
             iov::read_cached_at(memory, part, file, at)
         })
@@ -198,7 +216,8 @@ impl Disk {
     ) -> io::Result<bool> {
         self.check(offset, u64::from(window.len()))?;
         let segments = match &self.kind {
-            Kind::Empty => return Ok(true),
+            // Layers have their own.
+            Kind::Empty | Kind::Layered(_) => return Ok(true),
             Kind::Raw { file, .. } => return read(window, file.as_fd(), offset),
             Kind::Composite(segments) => segments,
         };
@@ -230,6 +249,9 @@ impl Disk {
     /// # Errors
     /// A read-only disk, an access past the end, or the file's error.
     pub fn write(&self, memory: &GuestMemory, window: Window<'_>, offset: u64) -> io::Result<()> {
+        if let Kind::Layered(layers) = &self.kind {
+            return layers.write(memory, window, offset);
+        }
         self.check(offset, u64::from(window.len()))?;
         iov::write_all_at(memory, window, self.writable()?.as_fd(), offset)
     }
@@ -254,6 +276,7 @@ impl Disk {
                 file,
                 read_only: false,
             } => file.sync_data(),
+            Kind::Layered(layers) => layers.flush(),
             _ => Ok(()),
         }
     }
@@ -264,6 +287,9 @@ impl Disk {
     /// `Unsupported` if the file system has no holes; a range past the end; the file's
     /// error.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if let Kind::Layered(layers) = &self.kind {
+            return layers.discard(offset, len);
+        }
         self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)
     }
 
@@ -273,6 +299,9 @@ impl Disk {
     /// # Errors
     /// A range past the end; the file's error.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if let Kind::Layered(layers) = &self.kind {
+            return layers.write_zeroes(offset, len, unmap);
+        }
         let how = if unmap {
             FallocateFlags::PUNCH_HOLE
         } else {

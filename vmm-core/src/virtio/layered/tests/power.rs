@@ -1,0 +1,299 @@
+//! Power cuts at every operation on the file of the top layer.
+
+use std::collections::HashMap;
+
+use super::*;
+use crate::virtio::layered::storage::Storage;
+
+/// An operation on the file, in order.
+#[derive(Clone, Debug)]
+enum Operation {
+    Store(u64, Vec<u8>),
+    Zero(Range<u64>),
+    Sync,
+}
+
+/// A file in memory that records what is done to it.
+#[derive(Debug, Default)]
+struct Recorded {
+    file: Mutex<Vec<u8>>,
+    operations: Arc<Mutex<Vec<Operation>>>,
+}
+
+impl Recorded {
+    fn holding(bytes: Vec<u8>) -> Self {
+        Self {
+            file: Mutex::new(bytes),
+            ..Self::default()
+        }
+    }
+
+    fn note(&self, operation: Operation) {
+        operation.apply(&mut self.file.lock().unwrap());
+        self.operations.lock().unwrap().push(operation);
+    }
+}
+
+impl Operation {
+    fn apply(&self, file: &mut [u8]) {
+        match self {
+            Self::Store(at, bytes) => file[*at as usize..][..bytes.len()].copy_from_slice(bytes),
+            Self::Zero(range) => file[range.start as usize..range.end as usize].fill(0),
+            Self::Sync => {}
+        }
+    }
+
+    /// The operation in parts of a sector, which a disk writes or does not write.
+    fn sectors(&self) -> Vec<Self> {
+        match self {
+            Self::Store(at, bytes) => (*at..)
+                .step_by(SECTOR as usize)
+                .zip(bytes.chunks(SECTOR as usize))
+                .map(|(at, bytes)| Self::Store(at, bytes.to_vec()))
+                .collect(),
+            Self::Zero(range) => range
+                .clone()
+                .step_by(SECTOR as usize)
+                .map(|at| Self::Zero(at..at + SECTOR))
+                .collect(),
+            Self::Sync => Vec::new(),
+        }
+    }
+}
+
+impl Storage for Recorded {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.file.lock().unwrap().len() as u64)
+    }
+
+    fn extend(&self, len: u64) -> io::Result<()> {
+        self.file.lock().unwrap().resize(len as usize, 0);
+        Ok(())
+    }
+
+    fn read(&self, memory: &GuestMemory, window: Window<'_>, at: u64) -> io::Result<()> {
+        let file = self.file.lock().unwrap();
+        let bytes = &file[at as usize..][..window.len() as usize];
+        assert!(window.copy_in(memory, bytes));
+        Ok(())
+    }
+
+    fn read_cached(&self, memory: &GuestMemory, window: Window<'_>, at: u64) -> io::Result<bool> {
+        self.read(memory, window, at).map(|()| true)
+    }
+
+    fn write(&self, memory: &GuestMemory, window: Window<'_>, at: u64) -> io::Result<()> {
+        let mut bytes = vec![0; window.len() as usize];
+        assert!(window.copy_out(memory, &mut bytes));
+        self.store(&bytes, at)
+    }
+
+    fn load(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let file = self.file.lock().unwrap();
+        bytes.copy_from_slice(&file[at as usize..][..bytes.len()]);
+        Ok(())
+    }
+
+    fn store(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.note(Operation::Store(at, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.note(Operation::Zero(range));
+        Ok(())
+    }
+
+    fn zero(&self, _: Range<u64>) -> io::Result<()> {
+        // The way of a file system that cannot.
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.note(Operation::Sync);
+        Ok(())
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(range))
+    }
+}
+
+/// The disk's sectors: each is known by its first byte, as all its bytes are equal.
+type Sectors = Vec<u8>;
+
+fn sectors(disk: &LayeredDisk, memory: &GuestMemory) -> Sectors {
+    let bytes = read(disk, memory, 0, SMALL as usize);
+    let sectors = bytes.chunks(SECTOR as usize);
+    sectors
+        .map(|sector| {
+            let equal = sector.iter().all(|byte| byte == &sector[0]);
+            assert!(equal, "a sector is torn");
+            sector[0]
+        })
+        .collect()
+}
+
+const SMALL: u64 = 24 * CLUSTER;
+
+/// The lowest layer, with some clusters, in the bytes of its file.
+fn base(memory: &GuestMemory) -> Vec<u8> {
+    let file = file();
+    let layer = Layer::create(file.try_clone().unwrap(), id(1), None, SMALL).unwrap();
+    let disk = LayeredDisk::new(vec![layer]).unwrap();
+    write(&disk, memory, &vec![1; 12 * CLUSTER as usize], 4 * CLUSTER);
+    disk.flush().unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn open(bytes: Vec<u8>) -> Layer {
+    Layer::open_on(Box::new(Recorded::holding(bytes))).unwrap()
+}
+
+/// A random number generator, so that a case is its seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        // xorshift64.
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// What the guest did until a number of recorded operations: the values that each sector
+/// had since the last flush that was complete then.
+struct Moment {
+    operations: usize,
+    /// By sector: that at the flush first, then those of later writes.
+    possible: Vec<Vec<u8>>,
+}
+
+/// Runs random accesses on `disk`; returns the moments after each of them.
+fn run(
+    disk: &LayeredDisk,
+    memory: &GuestMemory,
+    log: &Mutex<Vec<Operation>>,
+    random: &mut Random,
+) -> Vec<Moment> {
+    let mut possible: Vec<Vec<u8>> = sectors(disk, memory).into_iter().map(|v| vec![v]).collect();
+    let mut moments = Vec::new();
+    for value in 2..60 {
+        let at = random.below(SMALL / SECTOR);
+        let len = (1 + random.below(30)).min(SMALL / SECTOR - at);
+        let (offset, bytes) = (at * SECTOR, len * SECTOR);
+        // From the first operation of an access on, its values are possible.
+        let before = log.lock().unwrap().len();
+        let mut set = |value: u8| {
+            for sector in &mut possible[at as usize..(at + len) as usize] {
+                sector.push(value);
+            }
+            moments.push(Moment {
+                operations: before,
+                possible: possible.clone(),
+            });
+        };
+        match random.below(8) {
+            0..=4 => {
+                set(value);
+                write(disk, memory, &vec![value; bytes as usize], offset);
+            }
+            5 => {
+                set(0);
+                disk.discard(offset, bytes).unwrap();
+            }
+            6 => {
+                set(0);
+                disk.write_zeroes(offset, bytes, false).unwrap();
+            }
+            _ => {
+                disk.flush().unwrap();
+                for values in &mut possible {
+                    let last = values[values.len() - 1];
+                    *values = vec![last];
+                }
+                moments.push(Moment {
+                    operations: log.lock().unwrap().len(),
+                    possible: possible.clone(),
+                });
+            }
+        }
+    }
+    moments
+}
+
+#[test]
+fn a_power_cut_loses_only_what_was_not_flushed() {
+    let memory = memory();
+    let base = base(&memory);
+    let mut seen = HashMap::new();
+    for seed in 1..=60u64 {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let recorded = Recorded::default();
+        let log = Arc::clone(&recorded.operations);
+        let top = Layer::create_on(Box::new(recorded), id(2), id(1), SMALL).unwrap();
+        let len = top.storage.len().unwrap() as usize;
+        let disk = LayeredDisk::new(vec![open(base.clone()), top]).unwrap();
+        disk.flush().unwrap();
+        let moments = run(&disk, &memory, &log, &mut random);
+        let operations = log.lock().unwrap().clone();
+        let first = operations
+            .iter()
+            .position(|op| matches!(op, Operation::Sync));
+        for cut in first.unwrap() + 1..=operations.len() {
+            // Durable up to the last sync; of the rest, some sectors.
+            let mut synced = operations[..cut].iter();
+            let synced = synced
+                .rposition(|op| matches!(op, Operation::Sync))
+                .unwrap();
+            let mut bytes = vec![0; len];
+            for operation in &operations[..synced] {
+                operation.apply(&mut bytes);
+            }
+            for operation in &operations[synced..cut] {
+                for sector in operation.sectors() {
+                    if random.below(2) == 0 {
+                        sector.apply(&mut bytes);
+                    }
+                }
+            }
+            let disk = LayeredDisk::new(vec![open(base.clone()), open(bytes)]).unwrap();
+            let moment = moments.iter().take_while(|moment| moment.operations < cut);
+            let Some(moment) = moment.last() else {
+                continue;
+            };
+            let found = sectors(&disk, &memory);
+            for (number, value) in (0..).zip(found.iter().copied()) {
+                let possible: &Vec<u8> = &moment.possible[number];
+                assert!(
+                    possible.contains(&value),
+                    "seed {seed}, cut {cut}: sector {number} is {value}, not of {possible:?}"
+                );
+                let kind = (value == possible[0], possible.len() > 1);
+                *seen.entry(kind).or_insert(0u64) += 1;
+            }
+            // A write to a part of a cluster does not bring back what was lost.
+            let written = random.below(8);
+            for cluster in 0..SMALL / CLUSTER {
+                let offset = cluster * CLUSTER + written * SECTOR;
+                write(&disk, &memory, &[0xfd; SECTOR as usize], offset);
+            }
+            for (number, value) in (0..).zip(sectors(&disk, &memory)) {
+                let expected = match number as u64 % 8 {
+                    within if within == written => 0xfd,
+                    _ => found[number],
+                };
+                assert_eq!(value, expected, "seed {seed}, cut {cut}: sector {number}");
+            }
+        }
+    }
+    // Some writes were lost and some were kept.
+    assert!(
+        seen[&(true, true)] > 1000 && seen[&(false, true)] > 1000,
+        "{seen:?}"
+    );
+}
