@@ -14,7 +14,7 @@ use crate::{
 /// called; it lets code for [`Native`](crate::Native) compile on every host.
 #[derive(Clone, Debug)]
 pub struct NoBackend<A: Arch> {
-    never: Infallible,
+    uninhabited: Infallible,
     arch: PhantomData<fn() -> A>,
 }
 
@@ -35,15 +35,15 @@ impl<A: Arch> Hypervisor for NoBackend<A> {
     }
 
     fn capabilities(&self) -> Capabilities {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn guest_features(&self) -> Result<A::Features, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn create_vm(&self, _: &VmParameters) -> Result<Self, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 }
 
@@ -56,27 +56,27 @@ impl<A: Arch> VirtualMachine for NoBackend<A> {
         reason = "implements an unsafe method that is never called"
     )]
     unsafe fn map_memory(&self, _: MemoryRegion) -> Result<(), Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn create_vcpu(&self, _: u32) -> Result<Self, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn irq_line(&self, _: Gsi, _: IrqTrigger) -> Result<Arc<dyn IrqLine>, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn add_doorbell(&self, _: Doorbell, _: Wake<'_>) -> Result<bool, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn save(&self) -> Result<VmSavedState, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn restore(&self, _: &VmSavedState, _: Vec<RestoredVcpu>) -> Result<Vec<Finish>, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 }
 
@@ -85,19 +85,19 @@ impl<A: Arch> VcpuSeed for NoBackend<A> {
     type Vcpu = Self;
 
     fn index(&self) -> u32 {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn bind(self, _: Option<&A::Boot>) -> Result<Self, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn bind_restored(self, _: &A::Vcpu) -> Result<(Self, RestoredVcpu), Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 }
 
@@ -106,19 +106,19 @@ impl<A: Arch> Vcpu for NoBackend<A> {
     type Restoring = Self;
 
     fn run(&mut self, _: &dyn Bus) -> Result<Exit, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn save(&mut self) -> Result<A::Vcpu, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn reload(self, _: &A::Vcpu) -> Result<(Self, RestoredVcpu), Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 
     fn notify_paused(&mut self) {
-        match self.never {}
+        match self.uninhabited {}
     }
 }
 
@@ -126,7 +126,7 @@ impl<A: Arch> RestoringVcpu for NoBackend<A> {
     type Vcpu = Self;
 
     fn finish_restore(self, _: Finish) -> Result<Self, Error> {
-        match self.never {}
+        match self.uninhabited {}
     }
 }
 

@@ -52,7 +52,7 @@ impl<A: FakeArch> FakeSeed<A> {
             shared: self.shared,
             index: self.index,
             position: 0,
-            stays: PhantomData,
+            not_send: PhantomData,
         }
     }
 }
@@ -92,7 +92,7 @@ pub struct FakeVcpu<A: FakeArch> {
     script: Vec<Step>,
     position: usize,
     /// Prevents `Send`, as the interface requires.
-    stays: PhantomData<*const ()>,
+    not_send: PhantomData<*const ()>,
 }
 
 impl<A: FakeArch> FakeVcpu<A> {

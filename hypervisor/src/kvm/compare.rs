@@ -21,17 +21,17 @@ const MOVING_MSRS: [u32; 4] = [
 const MOVING_LAPIC: [usize; 2] = [0xa0, 0x390];
 
 /// Returns an error that names the first element that differs.
-pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
+pub(super) fn check_equal(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
     let checks = [
         ("general registers", found.general == wanted.general),
         ("system registers", found.system == wanted.system),
         ("debug registers", found.debug == wanted.debug),
         ("extended control registers", found.xcrs == wanted.xcrs),
         ("MP state", found.mp_state == wanted.mp_state),
-        ("XSAVE area", same_xsave(&wanted.xsave, &found.xsave)),
+        ("XSAVE area", equal_xsave(&wanted.xsave, &found.xsave)),
         (
             "events",
-            super::state::same_events(&wanted.events, &found.events),
+            super::state::equal_events(&wanted.events, &found.events),
         ),
     ];
     let different = checks
@@ -50,7 +50,7 @@ pub(super) fn same(wanted: &VcpuState, found: &VcpuState) -> Result<(), Error> {
 
 /// Compares areas that may differ in length: components beyond the shorter one must be in
 /// their initial state, zero.
-fn same_xsave(a: &[u8], b: &[u8]) -> bool {
+fn equal_xsave(a: &[u8], b: &[u8]) -> bool {
     let common = a.len().min(b.len());
     let rest = a[common..].iter().chain(&b[common..]);
     a[..common] == b[..common] && rest.copied().all(|byte| byte == 0)
@@ -96,28 +96,28 @@ mod tests {
             msrs: vec![(0x10, 5), (0x277, 7)],
             ..VcpuState::default()
         };
-        assert!(same(&wanted, &wanted).is_ok());
+        assert!(check_equal(&wanted, &wanted).is_ok());
         let mut found = wanted.clone();
         found.msrs[0].1 = 6;
         found.lapic[0x390] = 1;
-        assert!(same(&wanted, &found).is_ok(), "counters move");
+        assert!(check_equal(&wanted, &found).is_ok(), "counters move");
         found.msrs[1].1 = 6;
         assert!(
-            same(&wanted, &found)
+            check_equal(&wanted, &found)
                 .unwrap_err()
                 .to_string()
                 .contains("0x277")
         );
         found.lapic[0x80] = 1;
         assert!(
-            same(&wanted, &found)
+            check_equal(&wanted, &found)
                 .unwrap_err()
                 .to_string()
                 .contains("0x80")
         );
         found.general.rip = 1;
         assert!(
-            same(&wanted, &found)
+            check_equal(&wanted, &found)
                 .unwrap_err()
                 .to_string()
                 .contains("general")

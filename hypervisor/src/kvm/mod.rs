@@ -3,7 +3,7 @@
 //! | file | idea |
 //! |---|---|
 //! | `mod.rs` | opening `/dev/kvm`, its capabilities |
-//! | `ahead.rs` | a VM that is created before it is needed |
+//! | `precreate.rs` | a VM that is created before it is needed |
 //! | `vm.rs` | the VM: interrupt lines, doorbells, interrupt controllers and clock |
 //! | `slots.rs` | the table of memory slots |
 //! | `vcpu.rs` | binding and running a vCPU |
@@ -40,7 +40,6 @@
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod ahead;
 #[cfg(any(debug_assertions, test))]
 mod compare;
 mod convert;
@@ -49,6 +48,7 @@ mod creation;
 mod fault;
 mod kick;
 mod msrs;
+mod precreate;
 mod probe;
 mod slots;
 mod state;
@@ -65,7 +65,7 @@ use std::sync::{Arc, OnceLock};
 use kvm_bindings::CpuId;
 use kvm_ioctls::Cap;
 
-use ahead::Ahead;
+use precreate::PrecreatedVm;
 pub use vcpu::{KvmRestoring, KvmSeed, KvmVcpu};
 pub use vm::KvmVm;
 
@@ -92,7 +92,7 @@ struct Shared {
     supported_cpuid: OnceLock<CpuId>,
     msr_indices: OnceLock<Vec<u32>>,
     linux: OnceLock<LinuxSupport>,
-    ahead: Ahead,
+    precreated: PrecreatedVm,
 }
 
 /// Converts an error of a KVM ioctl.
@@ -170,7 +170,7 @@ impl Hypervisor for Kvm {
                 supported_cpuid: OnceLock::new(),
                 msr_indices: OnceLock::new(),
                 linux: OnceLock::new(),
-                ahead: Ahead::default(),
+                precreated: PrecreatedVm::default(),
             }),
         })
     }
@@ -200,7 +200,7 @@ impl Hypervisor for Kvm {
     }
 
     fn prepare_vm(&self) {
-        Ahead::begin(&self.shared);
+        PrecreatedVm::start(&self.shared);
     }
 
     fn create_vm(&self, config: &VmParameters) -> Result<KvmVm, Error> {

@@ -264,9 +264,9 @@ impl Memory {
     /// Writes page tables, descriptors and code.
     fn fill(&self, xsave: bool) {
         // Present, writable, for user mode too; the last is a 2 MiB page.
-        self.put(PML4, &(PDPT as u64 | 7).to_le_bytes());
-        self.put(PDPT, &(PD as u64 | 7).to_le_bytes());
-        self.put(PD, &0x87_u64.to_le_bytes());
+        self.write(PML4, &(PDPT as u64 | 7).to_le_bytes());
+        self.write(PDPT, &(PD as u64 | 7).to_le_bytes());
+        self.write(PD, &0x87_u64.to_le_bytes());
         let descriptors: [u64; 6] = [
             0,
             0x00af_9b00_0000_ffff, // 0x08: kernel code, 64 bit
@@ -276,13 +276,13 @@ impl Memory {
             0x00af_fb00_0000_ffff, // 0x28: user code, 64 bit
         ];
         for (index, descriptor) in descriptors.iter().enumerate() {
-            self.put(GDT + index * 8, &descriptor.to_le_bytes());
+            self.write(GDT + index * 8, &descriptor.to_le_bytes());
         }
-        self.put(WITH_XSAVE, &u32::from(xsave).to_le_bytes());
-        self.put(CODE, guest_code());
+        self.write(WITH_XSAVE, &u32::from(xsave).to_le_bytes());
+        self.write(CODE, guest_code());
     }
 
-    fn put(&self, offset: usize, bytes: &[u8]) {
+    fn write(&self, offset: usize, bytes: &[u8]) {
         // True for all callers: offsets are constants, and a test checks that the code
         // fits. Asserted so that the unsafe block is sound by itself.
         assert!(offset + bytes.len() <= MEMORY_LEN);

@@ -238,7 +238,7 @@ fn for_this_kernel(events: kvm_vcpu_events, triple_faults: bool) -> Result<kvm_v
 
 /// Returns true if two vCPUs have the same events, independent of their kernels.
 #[cfg(debug_assertions)]
-pub(super) fn same_events(a: &Blob, b: &Blob) -> bool {
+pub(super) fn equal_events(a: &Blob, b: &Blob) -> bool {
     let [a, b] = [a, b].map(|blob| decode_events(blob).map(portable).ok());
     a == b
 }

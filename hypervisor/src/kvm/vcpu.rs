@@ -83,8 +83,8 @@ impl VcpuSeed for KvmSeed {
             self.vm.mask_legacy_controllers()?;
             set_boot_registers(&self.fd, boot)?;
         }
-        let told = cpuid.as_slice().iter().map(convert::from_cpuid).collect();
-        Ok(self.into_vcpu(told))
+        let entries = cpuid.as_slice().iter().map(convert::from_cpuid).collect();
+        Ok(self.into_vcpu(entries))
     }
 
     fn bind_restored(self, state: &VcpuState) -> Result<(KvmRestoring, RestoredVcpu), Error> {
@@ -93,7 +93,7 @@ impl VcpuSeed for KvmSeed {
                 reason: format!("it is of vCPU {}, not {}", state.index, self.index),
             });
         }
-        self.into_vcpu(state.cpuid.clone()).put(state, true)
+        self.into_vcpu(state.cpuid.clone()).apply(state, true)
     }
 }
 
@@ -153,7 +153,7 @@ pub struct KvmVcpu {
 }
 
 /// Result of one entry into the guest.
-enum Stay {
+enum EntryOutcome {
     /// A device access was served; KVM has to be entered to complete it.
     Access,
     /// Interrupted.
@@ -169,11 +169,11 @@ impl KvmVcpu {
     }
 
     /// Enters the guest once.
-    fn enter(&mut self, bus: &dyn Bus) -> Result<Stay, Error> {
+    fn enter(&mut self, bus: &dyn Bus) -> Result<EntryOutcome, Error> {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                return Ok(Stay::Interrupted);
+                return Ok(EntryOutcome::Interrupted);
             }
             Err(error) => {
                 return Err(Error::Os {
@@ -192,7 +192,7 @@ impl KvmVcpu {
                     item.fill(0xff);
                     bus.pio_read(port, item);
                 }
-                return Ok(Stay::Access);
+                return Ok(EntryOutcome::Access);
             }
             VcpuExit::IoOut(port, data) => {
                 let data: *const [u8] = data;
@@ -201,25 +201,25 @@ impl KvmVcpu {
                 for item in unsafe { &*data }.chunks_exact(width) {
                     bus.pio_write(port, item);
                 }
-                return Ok(Stay::Access);
+                return Ok(EntryOutcome::Access);
             }
             VcpuExit::MmioRead(address, data) => {
                 data.fill(0xff);
                 bus.mmio_read(address, data);
-                return Ok(Stay::Access);
+                return Ok(EntryOutcome::Access);
             }
             VcpuExit::MmioWrite(address, data) => {
                 bus.mmio_write(address, data);
-                return Ok(Stay::Access);
+                return Ok(EntryOutcome::Access);
             }
-            VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Ok(Stay::Interrupted),
-            VcpuExit::Hlt => return Ok(Stay::Exit(Exit::Halt)),
-            VcpuExit::Shutdown => return Ok(Stay::Exit(Exit::TripleFault)),
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen => return Ok(EntryOutcome::Interrupted),
+            VcpuExit::Hlt => return Ok(EntryOutcome::Exit(Exit::Halt)),
+            VcpuExit::Shutdown => return Ok(EntryOutcome::Exit(Exit::TripleFault)),
             VcpuExit::SystemEvent(kind, _) => match kind {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => {
-                    return Ok(Stay::Exit(Exit::Shutdown));
+                    return Ok(EntryOutcome::Exit(Exit::Shutdown));
                 }
-                kvm_bindings::KVM_SYSTEM_EVENT_RESET => return Ok(Stay::Exit(Exit::Reset)),
+                kvm_bindings::KVM_SYSTEM_EVENT_RESET => return Ok(EntryOutcome::Exit(Exit::Reset)),
                 kind => format!("system event {kind}"),
             },
             VcpuExit::FailEntry(reason, cpu) => {
@@ -229,7 +229,7 @@ impl KvmVcpu {
             other => format!("unexpected exit {other:?}"),
         };
         let info = fault::locate(&mut self.fd, &self.vm.slots, reason);
-        Ok(Stay::Exit(Exit::Fault(info)))
+        Ok(EntryOutcome::Exit(Exit::Fault(info)))
     }
 
     /// Width in bytes of the port access that KVM just reported; a string
@@ -248,14 +248,14 @@ impl KvmVcpu {
             self.set_immediate_exit(1);
             match self.enter(bus)? {
                 // The next part of a split access.
-                Stay::Access => {}
-                Stay::Interrupted => return Ok(None),
-                Stay::Exit(exit) => return Ok(Some(exit)),
+                EntryOutcome::Access => {}
+                EntryOutcome::Interrupted => return Ok(None),
+                EntryOutcome::Exit(exit) => return Ok(Some(exit)),
             }
         }
     }
 
-    fn put(self, state: &VcpuState, fresh: bool) -> Result<(KvmRestoring, RestoredVcpu), Error> {
+    fn apply(self, state: &VcpuState, fresh: bool) -> Result<(KvmRestoring, RestoredVcpu), Error> {
         state::restore(&self.fd, state, fresh, &self.vm)?;
         // Notifies a guest that uses kvmclock that it was paused; KVM refuses if the guest
         // does not use it, which is fine.
@@ -276,7 +276,7 @@ impl KvmVcpu {
     fn compare(&self, wanted: &VcpuState) -> Result<(), Error> {
         let indices: Vec<u32> = wanted.msrs.iter().map(|(index, _)| *index).collect();
         let found = self.save_state(&indices)?;
-        super::compare::same(wanted, &found)
+        super::compare::check_equal(wanted, &found)
     }
 }
 
@@ -316,12 +316,12 @@ impl Vcpu for KvmVcpu {
                 return Ok(exit.unwrap_or(Exit::Cancelled));
             }
             access = match self.enter(bus)? {
-                Stay::Access => true,
-                Stay::Interrupted => {
+                EntryOutcome::Access => true,
+                EntryOutcome::Interrupted => {
                     self.set_immediate_exit(0);
                     false
                 }
-                Stay::Exit(exit) => return Ok(exit),
+                EntryOutcome::Exit(exit) => return Ok(exit),
             };
         }
     }
@@ -339,7 +339,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn reload(self, state: &VcpuState) -> Result<(KvmRestoring, RestoredVcpu), Error> {
-        self.put(state, false)
+        self.apply(state, false)
     }
 
     fn notify_paused(&mut self) {

@@ -8,7 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 
-use super::ahead::Ahead;
+use super::precreate::PrecreatedVm;
 use super::slots::SlotTable;
 use super::tsc::TscOffset;
 use super::{Kvm, os};
@@ -43,7 +43,7 @@ pub(super) struct VmShared {
 impl VmShared {
     /// Creates a VM without memory, devices and vCPUs.
     pub(super) fn create(kvm: Kvm, config: &VmParameters) -> Result<Self, Error> {
-        let fd = Ahead::take(&kvm.shared).map_err(os("create a VM"))?;
+        let fd = PrecreatedVm::take(&kvm.shared).map_err(os("create a VM"))?;
         fd.set_tss_address(TSS_ADDRESS)
             .map_err(os("set the TSS address"))?;
         let events = kvm_enable_cap {

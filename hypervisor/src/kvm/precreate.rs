@@ -17,36 +17,36 @@ const STACK: usize = 64 << 10;
 
 /// At most one VM that has not been requested yet.
 #[derive(Default)]
-pub(super) struct Ahead(Mutex<Option<JoinHandle<Result<VmFd, Error>>>>);
+pub(super) struct PrecreatedVm(Mutex<Option<JoinHandle<Result<VmFd, Error>>>>);
 
-impl Ahead {
+impl PrecreatedVm {
     fn lock(&self) -> MutexGuard<'_, Option<JoinHandle<Result<VmFd, Error>>>> {
         // The handle is replaced whole.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts to create a VM, unless this has happened. With one processor, or if the
-    /// thread cannot be spawned, [`Ahead::take`] creates the VM instead.
-    pub(super) fn begin(shared: &Arc<Shared>) {
+    /// thread cannot be spawned, [`PrecreatedVm::take`] creates the VM instead.
+    pub(super) fn start(shared: &Arc<Shared>) {
         if processors() < 2 {
             return;
         }
-        let mut ahead = shared.ahead.lock();
-        if ahead.is_none() {
+        let mut precreated = shared.precreated.lock();
+        if precreated.is_none() {
             let shared = Arc::clone(shared);
             let thread = Builder::new().name("kvm-ahead".to_owned());
-            let made = thread
+            let spawned = thread
                 .stack_size(STACK)
                 .spawn(move || shared.kvm.create_vm());
-            *ahead = made.ok();
+            *precreated = spawned.ok();
         }
     }
 
     /// Returns the VM whose creation was started, or else a new one.
     pub(super) fn take(shared: &Shared) -> Result<VmFd, Error> {
         // A concurrent caller creates a VM of its own.
-        let begun = shared.ahead.lock().take();
-        match begun.map(JoinHandle::join) {
+        let thread = shared.precreated.lock().take();
+        match thread.map(JoinHandle::join) {
             Some(Ok(Ok(vm))) => Ok(vm),
             // The earlier failure may have been transient; create synchronously.
             Some(_) | None => shared.kvm.create_vm(),
@@ -60,7 +60,7 @@ fn processors() -> u32 {
     rustix::thread::sched_getaffinity(None).map_or(u32::MAX, |set| set.count())
 }
 
-impl fmt::Debug for Ahead {
+impl fmt::Debug for PrecreatedVm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Ahead")
             .field(&self.lock().is_some())
