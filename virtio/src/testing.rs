@@ -105,7 +105,7 @@ impl DriverQueue {
             let index = self.free.pop()?;
             let next = self.free.last().copied().filter(|_| left > 0);
             let flags = flags | if next.is_some() { NEXT } else { 0 };
-            self.put_descriptor(index, *span, flags, next.unwrap_or(0));
+            self.write_descriptor(index, *span, flags, next.unwrap_or(0));
             self.following[usize::from(index)] = next.unwrap_or(0);
         }
         self.lens[usize::from(head)] = u16::try_from(count).expect("below the queue size");
@@ -134,22 +134,22 @@ impl DriverQueue {
             } else {
                 (flags | NEXT, index)
             };
-            put_descriptor(&self.memory, at, *span, flags, next);
+            write_descriptor(&self.memory, at, *span, flags, next);
         }
         let whole = Span {
             address: GuestAddress(table),
             len: u32::try_from(16 * count).expect("a table is small"),
         };
-        self.put_descriptor(head, whole, INDIRECT, 0);
+        self.write_descriptor(head, whole, INDIRECT, 0);
         self.lens[usize::from(head)] = 1;
         self.make_available(head);
         Some(head)
     }
 
     /// Writes descriptor `index` without any check, for invalid rings.
-    pub fn put_descriptor(&self, index: u16, span: Span, flags: u16, next: u16) {
+    pub fn write_descriptor(&self, index: u16, span: Span, flags: u16, next: u16) {
         let at = self.base + 16 * u64::from(index);
-        put_descriptor(&self.memory, at, span, flags, next);
+        write_descriptor(&self.memory, at, span, flags, next);
     }
 
     /// Offers the chain that starts at `head`, without any check.
@@ -270,7 +270,7 @@ impl DriverQueue {
     }
 }
 
-fn put_descriptor(memory: &GuestMemory, at: u64, span: Span, flags: u16, next: u16) {
+fn write_descriptor(memory: &GuestMemory, at: u64, span: Span, flags: u16, next: u16) {
     let word = u64::from(span.len) | u64::from(flags) << 32 | u64::from(next) << 48;
     for (at, value) in [(at, span.address.0), (at + 8, word)] {
         memory

@@ -193,7 +193,7 @@ fn a_malformed_ring_needs_a_reset_and_is_reported_once() {
     let mut queue = bench.start();
     queue.make_available(8); // there is no such descriptor
     driver.notify(0);
-    driver.line.wait_beyond(0);
+    driver.line.wait_for_pulse_after(0);
     assert_eq!(driver.acknowledge(), CONFIG);
     assert_ne!(driver.status() & NEEDS_RESET, 0);
     queue.offer(&[], &[BUFFER]).unwrap();
@@ -242,7 +242,7 @@ fn a_restored_device_continues_where_it_was_saved() {
     queue.set_used_event();
     let before = bench.driver.line.pulses();
     bench.driver.notify(0);
-    bench.driver.line.wait_beyond(before);
+    bench.driver.line.wait_for_pulse_after(before);
     bench.driver.transport.quiesce().unwrap();
     let waiting = queue.offer(&[], &[BUFFER]).unwrap();
     let state = bench.driver.transport.save().unwrap();

@@ -156,12 +156,12 @@ impl Pair {
             .map(|memory| DriverQueue::new(memory.clone(), BASE, scenario.size));
         for (driver, memory) in drivers.iter().zip(&memories) {
             for (index, &(span, flags, next)) in (0..).zip(&scenario.table) {
-                driver.put_descriptor(index, span, flags, next);
+                driver.write_descriptor(index, span, flags, next);
             }
             // The descriptors of another queue serve as the tables.
             let tables = DriverQueue::new(memory.clone(), TABLES, 32);
             for (index, &(span, flags, next)) in (0..).zip(&scenario.indirect) {
-                tables.put_descriptor(index, span, flags, next);
+                tables.write_descriptor(index, span, flags, next);
             }
         }
         let ours = drivers[0].device_side(scenario.event_idx);
@@ -416,7 +416,7 @@ fn all_small_tables_are_walked_to_an_end() {
                     len: 16,
                 }
             };
-            driver.put_descriptor(index, span, flags, next);
+            driver.write_descriptor(index, span, flags, next);
         }
         for head in 0u16..4 {
             let mut driver = DriverQueue::new(memory.clone(), BASE, 2);
@@ -500,7 +500,7 @@ fn chains_in_flight_never_exceed_the_queue_size() {
         address: GuestAddress(0x100),
         len: 16,
     };
-    driver.put_descriptor(0, part, 0, 0);
+    driver.write_descriptor(0, part, 0, 0);
     for _ in 0..4 {
         driver.make_available(0);
         assert_eq!(queue.pop(&memory, &mut chain), Ok(true));

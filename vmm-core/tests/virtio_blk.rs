@@ -207,7 +207,7 @@ fn a_header_may_be_split_and_must_exist() {
     let seen = bench.driver.line.pulses();
     bench.queue.offer(&parts, &[]).unwrap();
     bench.driver.notify(0);
-    bench.driver.line.wait_beyond(seen);
+    bench.driver.line.wait_for_pulse_after(seen);
     assert_ne!(bench.driver.status() & 64, 0, "needs a reset");
 }
 
@@ -266,7 +266,7 @@ fn an_image_is_attached_while_the_machine_runs() {
     });
     let disk = Disk::composite(segments.into()).unwrap();
     bench.block.lock().unwrap().set_disk(disk);
-    bench.driver.line.wait_beyond(seen);
+    bench.driver.line.wait_for_pulse_after(seen);
     assert_eq!(bench.driver.acknowledge(), 2, "the configuration changed");
     assert_ne!(bench.driver.read(0xfc), generation);
     assert_eq!(bench.capacity(), 2);

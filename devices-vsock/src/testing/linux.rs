@@ -289,7 +289,7 @@ impl LinuxGuest {
             if self.poll() {
                 return;
             }
-            self.driver.line.wait_beyond(seen);
+            self.driver.line.wait_for_pulse_after(seen);
             self.driver.acknowledge();
         }
     }

@@ -39,7 +39,7 @@ impl TestLine {
     ///
     /// # Panics
     /// If that takes a minute: the interrupt was lost.
-    pub fn wait_beyond(&self, seen: u64) -> u64 {
+    pub fn wait_for_pulse_after(&self, seen: u64) -> u64 {
         let pulses = self.pulses.lock().unwrap_or_else(PoisonError::into_inner);
         let (pulses, timeout) = self
             .pulsed
@@ -247,7 +247,7 @@ impl Driver {
             if let Some(used) = queue.take_used() {
                 return used;
             }
-            self.line.wait_beyond(seen);
+            self.line.wait_for_pulse_after(seen);
             self.acknowledge();
         }
     }
