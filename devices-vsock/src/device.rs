@@ -137,7 +137,7 @@ impl Vsock {
             Ok(more) => {
                 self.active = Some(active);
                 if more {
-                    registry.again(TURN);
+                    registry.call_again(TURN);
                 }
             }
             Err(error) => self.fail(&active, error, registry),
@@ -324,7 +324,7 @@ impl VirtioDevice for Vsock {
 
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
         match token {
-            MAILBOX => registry.again(TURN),
+            MAILBOX => registry.call_again(TURN),
             TURN => {
                 let begun = self.mailbox.profiler.begin();
                 self.turn(registry);
@@ -341,7 +341,7 @@ impl VirtioDevice for Vsock {
                 } else {
                     self.socket_ready(slot, readiness, registry);
                 }
-                registry.again(TURN);
+                registry.call_again(TURN);
             }
         }
     }

@@ -123,7 +123,7 @@ pub use self::thread::{EventLoop, EventLoopHandle};
 pub use self::timers::{Deadlines, Timer};
 
 /// The events of a file descriptor. There are none when a timer has passed, or after
-/// `Registry::again`.
+/// `Registry::call_again`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Readiness {
@@ -244,7 +244,7 @@ pub trait EventHandler: Send {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()>;
 
     /// The descriptor registered under `token` is ready. Must not block.
-    /// `readiness` is empty for a token given to [`Registry::again`] or
+    /// `readiness` is empty for a token given to [`Registry::call_again`] or
     /// [`Registry::set_timer`].
     fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry);
 }

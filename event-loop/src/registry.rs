@@ -47,7 +47,7 @@ pub trait Registry {
 
     /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
     /// once the other handlers have had their turn: for work cut into slices.
-    fn again(&mut self, token: u64);
+    fn call_again(&mut self, token: u64);
 
     /// Calls [`EventHandler::ready`](crate::EventHandler::ready) with `token` and an empty readiness
     /// once, as soon as `at` has passed.

@@ -41,8 +41,8 @@ pub(super) struct Table {
     reactor: Reactor<Entry>,
     /// The registrations of each handler, by the handler's slot.
     owned: Vec<Vec<Registration>>,
-    /// Calls that [`Registry::again`] asked for.
-    pub(super) again: Vec<(HandlerId, u64)>,
+    /// Calls that [`Registry::call_again`] asked for.
+    pub(super) pending_calls: Vec<(HandlerId, u64)>,
 }
 
 /// A handler's view of the loop.
@@ -86,10 +86,10 @@ impl Registry for View<'_> {
         Arc::clone(self.reclaimer)
     }
 
-    fn again(&mut self, token: u64) {
+    fn call_again(&mut self, token: u64) {
         let call = (self.handler, token);
-        if !self.table.again.contains(&call) {
-            self.table.again.push(call);
+        if !self.table.pending_calls.contains(&call) {
+            self.table.pending_calls.push(call);
         }
     }
 
@@ -116,7 +116,7 @@ impl Table {
         let mut table = Self {
             reactor: Reactor::new(BATCH)?,
             owned: Vec::new(),
-            again: Vec::new(),
+            pending_calls: Vec::new(),
         };
         table.register(tasks, Target::Tasks, Interest::READ)?;
         Ok(table)
@@ -196,7 +196,7 @@ impl Table {
     /// Waits for events until the next timer is due. Does not wait when a handler is to
     /// be called again.
     pub(super) fn wait(&mut self, ready: &mut Vec<Ready>) -> io::Result<()> {
-        let limit = (!self.again.is_empty()).then_some(Duration::ZERO);
+        let limit = (!self.pending_calls.is_empty()).then_some(Duration::ZERO);
         self.reactor.wait(limit, ready)
     }
 

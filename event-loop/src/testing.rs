@@ -265,7 +265,7 @@ impl Registry for ManualRegistry<'_> {
         Arc::clone(self.reclaimer)
     }
 
-    fn again(&mut self, token: u64) {
+    fn call_again(&mut self, token: u64) {
         let call = (self.handler, token);
         if !self.state.calls.contains(&call) {
             self.state.calls.push_back(call);

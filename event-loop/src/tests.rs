@@ -244,7 +244,7 @@ fn a_handler_that_does_not_start_is_not_added<L: Loop>() {
     struct Failing(Arc<UnixStream>, Sender<()>);
     impl EventHandler for Failing {
         fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-            registry.again(0);
+            registry.call_again(0);
             let _dropped = registry.add(self.0.clone(), 0, Interest::READ)?;
             Err(io::ErrorKind::Other.into())
         }
@@ -292,8 +292,8 @@ fn work_in_slices_lets_others_have_their_turn<L: Loop>() {
     }
     impl EventHandler for Slices {
         fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
-            registry.again(7);
-            registry.again(7);
+            registry.call_again(7);
+            registry.call_again(7);
             Ok(())
         }
         fn ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
@@ -301,7 +301,7 @@ fn work_in_slices_lets_others_have_their_turn<L: Loop>() {
             self.done.send(token).unwrap();
             if self.left > 0 {
                 self.left -= 1;
-                registry.again(token);
+                registry.call_again(token);
             }
         }
     }
@@ -463,7 +463,7 @@ fn timers_of_a_removed_handler_go_with_it<L: Loop>() {
     let second = event_loop.add(Arc::new(Mutex::new(Calls(called)))).unwrap();
     event_loop.with(first, |registry| {
         registry.set_timer_after(Duration::from_millis(10), 1);
-        registry.again(2);
+        registry.call_again(2);
     });
     event_loop.remove(first);
     event_loop.with(second, |registry| {
@@ -494,7 +494,7 @@ fn a_descriptor_that_is_removed_is_given_back<L: Loop>() {
     (&ours).read_exact(&mut both).unwrap();
     assert_eq!(&both, b"xy");
     // It is readable, and would come before this.
-    event_loop.with(id, |registry| registry.again(2));
+    event_loop.with(id, |registry| registry.call_again(2));
     assert_eq!(event_loop.next(&calls), Some(2));
 }
 
@@ -513,7 +513,7 @@ fn a_descriptor_that_is_dropped_leaves_the_set<L: Loop>() {
     drop(registered);
     // Two rounds: the loop looks at what was dropped before it does this.
     for _ in 0..2 {
-        event_loop.with(id, |registry| registry.again(9));
+        event_loop.with(id, |registry| registry.call_again(9));
         while event_loop.next(&events).unwrap().0 != 9 {}
     }
     (&ours).write_all(b"x").unwrap();

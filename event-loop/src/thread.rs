@@ -225,7 +225,7 @@ impl Inner {
 
     fn run(&mut self, shared: &Shared) {
         let mut batch = Vec::new();
-        let mut again = Vec::new();
+        let mut calls = Vec::new();
         while !self.stop {
             self.run_timers();
             if let Err(error) = self.table.wait(&mut batch) {
@@ -235,8 +235,8 @@ impl Inner {
             for ready in batch.drain(..) {
                 self.dispatch(&ready, shared);
             }
-            std::mem::swap(&mut again, &mut self.table.again);
-            for (id, token) in again.drain(..) {
+            std::mem::swap(&mut calls, &mut self.table.pending_calls);
+            for (id, token) in calls.drain(..) {
                 self.notify(id, token, Readiness::default());
             }
         }

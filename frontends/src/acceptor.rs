@@ -177,7 +177,7 @@ impl<L: Listener> ListenerAcceptor<L> {
         }
         if most > 0 {
             self.more = true;
-            registry.again(LISTENER);
+            registry.call_again(LISTENER);
         }
         connections
     }

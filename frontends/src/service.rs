@@ -72,7 +72,7 @@ impl HandlerWaker {
     /// Calls the handler with `token` on the loop's thread, asynchronously.
     pub(crate) fn wake(&self, token: u64) {
         self.event_loop
-            .post(self.id, move |registry| registry.again(token));
+            .post(self.id, move |registry| registry.call_again(token));
     }
 
     /// Removes the handler; asynchronously if called on the loop's own thread.

@@ -86,12 +86,12 @@ fn main() -> Result<()> {
                 file_offset: offset,
             })
             .collect();
-        go_on(&host, &event_loop.handle(), state, &memory, &extents, clone)?;
+        continue_machine(&host, &event_loop.handle(), state, &memory, &extents, clone)?;
     }
     Ok(())
 }
 
-fn go_on(
+fn continue_machine(
     host: &Native,
     event_loop: &EventLoopHandle,
     state: MachineState,

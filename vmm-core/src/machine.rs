@@ -22,7 +22,7 @@ use crate::loader::{self, BootSource, InitramfsPart};
 use crate::memory::{MachineMemory, MemoryConfig};
 use crate::serial::{Console, Uart};
 use crate::state::MachineState;
-use crate::vcpu_thread::{Start, VcpuThread};
+use crate::vcpu_thread::{VcpuStart, VcpuThread};
 use crate::vmgenid::GenerationId;
 use sm_event_loop::EventLoopHandle;
 
@@ -147,7 +147,10 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
             MachineBuilder::<H>::build(host, memory, vcpus, console, devices, event_loop)?;
 
         let mut watch = Stopwatch::start();
-        let starts = state.vcpus.into_iter().map(|s| Start::Restore(Arc::new(s)));
+        let starts = state
+            .vcpus
+            .into_iter()
+            .map(|s| VcpuStart::Restore(Arc::new(s)));
         let (threads, proofs) = builder.start(starts)?;
         restore_vm(&builder.vm, &state.vm, &threads, proofs)?;
         // After the interrupt controllers, whose state would overwrite pending interrupts
@@ -188,7 +191,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         if !self.running {
             return Ok(());
         }
-        if let Err(error) = self.hold() {
+        if let Err(error) = self.pause_all() {
             // A partial pause is undone: working parts continue.
             self.devices.unquiesce();
             for thread in &self.threads {
@@ -201,7 +204,7 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
         Ok(())
     }
 
-    fn hold(&self) -> Result<(), MachineError> {
+    fn pause_all(&self) -> Result<(), MachineError> {
         let pending: Result<Vec<_>, _> = self.threads.iter().map(VcpuThread::park).collect();
         for parked in pending? {
             parked.wait()?;
@@ -363,9 +366,9 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     }
 }
 
-fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = Start<X86_64>> {
-    let boot = std::iter::once(Start::Boot(Some(Box::new(registers))));
-    boot.chain((1..vcpus).map(|_| Start::Boot(None)))
+fn boot_starts(registers: BootRegisters, vcpus: u32) -> impl Iterator<Item = VcpuStart<X86_64>> {
+    let boot = std::iter::once(VcpuStart::Boot(Some(Box::new(registers))));
+    boot.chain((1..vcpus).map(|_| VcpuStart::Boot(None)))
 }
 
 /// Restores interrupt controllers and clocks of a VM whose vCPUs have their state, and lets

@@ -42,10 +42,10 @@ pub enum SerialError {
         reason: String,
     },
     /// The guest has not received the input.
-    #[error("the console has room for {room} more bytes of input, not {bytes}")]
+    #[error("the console has room for {free} more bytes of input, not {bytes}")]
     Full {
         /// Free bytes of the UART's buffer.
-        room: usize,
+        free: usize,
         /// Length of the input in bytes.
         bytes: usize,
     },
@@ -57,7 +57,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Note at the end of the part of a file that is captured from the start.
-const LIMIT_NOTICE: &[u8] =
+const LIMIT_NOTE: &[u8] =
     b"\n[console output beyond 4 MiB is not captured; the last lines follow]\n";
 
 /// The destination of console output.
@@ -72,8 +72,8 @@ struct Output {
     written: u64,
     /// Number of the latest bytes of output that the file lacks.
     missing: u64,
-    /// The part of [`LIMIT_NOTICE`] that is not in the file.
-    notice: &'static [u8],
+    /// The part of [`LIMIT_NOTE`] that is not in the file.
+    note: &'static [u8],
     tail: VecDeque<u8>,
     line: Vec<u8>,
     panic: Option<String>,
@@ -93,7 +93,7 @@ impl Output {
     fn write_file(&mut self, bytes: &[u8]) {
         if self.written >= FILE_LIMIT {
             // After a failure, the next output tries again.
-            let _ = self.write_notice();
+            let _ = self.write_note();
             return;
         }
         let was_complete = self.missing == 0;
@@ -137,22 +137,22 @@ impl Output {
             return Ok(());
         }
         let missing = usize::try_from(self.missing).unwrap_or(usize::MAX);
-        let kept = missing.min(self.tail.len());
-        let lost = missing - kept;
+        let in_tail = missing.min(self.tail.len());
+        let lost = missing - in_tail;
         if lost > 0 {
             let note = format!("\n[{lost} bytes of console output could not be written]\n");
             self.append(&mut note.as_bytes(), false)?;
-            self.missing = u64::try_from(kept).unwrap_or(0);
+            self.missing = u64::try_from(in_tail).unwrap_or(0);
         }
-        let from = self.tail.len() - kept;
+        let from = self.tail.len() - in_tail;
         let latest: Vec<u8> = self.tail.range(from..).copied().collect();
         self.append(&mut latest.as_slice(), true)
     }
 
-    fn write_notice(&mut self) -> io::Result<()> {
-        let mut rest = self.notice;
+    fn write_note(&mut self) -> io::Result<()> {
+        let mut rest = self.note;
         let written = self.append(&mut rest, false);
-        self.notice = rest;
+        self.note = rest;
         written
     }
 
@@ -180,7 +180,7 @@ impl Drop for Output {
             let _ = self.write_missing();
             return;
         }
-        let _ = self.write_notice().and_then(|()| {
+        let _ = self.write_note().and_then(|()| {
             let (first, second) = self.tail.as_slices();
             self.file.write_all(first)?;
             self.file.write_all(second)
@@ -200,7 +200,7 @@ impl Console {
             file,
             written: 0,
             missing: 0,
-            notice: LIMIT_NOTICE,
+            note: LIMIT_NOTE,
             tail: VecDeque::new(),
             line: Vec::new(),
             panic: None,
@@ -294,10 +294,10 @@ impl Uart {
     /// Passes input to the guest, all of it or nothing.
     pub(crate) fn input(&self, bytes: &[u8]) -> Result<(), SerialError> {
         let mut registers = lock(&self.registers);
-        let room = registers.fifo_capacity();
-        if bytes.len() > room {
+        let free = registers.fifo_capacity();
+        if bytes.len() > free {
             return Err(SerialError::Full {
-                room,
+                free,
                 bytes: bytes.len(),
             });
         }
@@ -551,7 +551,7 @@ mod tests {
         uart.input(&[1; 60]).unwrap();
         assert!(matches!(
             uart.input(&[1; 10]),
-            Err(SerialError::Full { room: 4, bytes: 10 })
+            Err(SerialError::Full { free: 4, bytes: 10 })
         ));
         assert_eq!(uart.save().input.len(), 60);
     }

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use sm_hypervisor::{Arch, Bus, Error, Finish, Kicker, RestoredVcpu, VcpuSeed};
 use thiserror::Error as ThisError;
 
-use self::runner::{Post, Runner};
+use self::runner::{Runner, VcpuContext};
 use crate::exit::ExitLatch;
 
 /// Failure of a vCPU thread.
@@ -48,7 +48,7 @@ pub enum VcpuError {
 }
 
 /// Initial state of a vCPU.
-pub(crate) enum Start<A: Arch> {
+pub(crate) enum VcpuStart<A: Arch> {
     /// Reset state, the boot processor with registers.
     Boot(Option<Box<A::Boot>>),
     /// Saved state.
@@ -103,11 +103,11 @@ impl<T> Pending<Result<T, Error>> {
 
 impl<A: Arch> VcpuThread<A> {
     /// Starts a thread that binds `seed` and parks. The reply is the result of binding,
-    /// with proof of restoration for [`Start::Restore`]; such a vCPU waits for
+    /// with proof of restoration for [`VcpuStart::Restore`]; such a vCPU waits for
     /// [`VcpuThread::finish`] before it executes other commands.
     pub(crate) fn spawn<S: VcpuSeed<Arch = A>>(
         seed: S,
-        start: Start<A>,
+        start: VcpuStart<A>,
         bus: Arc<dyn Bus + Send + Sync>,
         exit: Arc<ExitLatch>,
     ) -> Result<(Self, Bound), VcpuError> {
@@ -115,7 +115,7 @@ impl<A: Arch> VcpuThread<A> {
         let kicker = seed.kicker();
         let (commands, inbox) = channel();
         let (bound, answer) = channel();
-        let post = Post {
+        let context = VcpuContext {
             index,
             bus,
             exit,
@@ -127,20 +127,20 @@ impl<A: Arch> VcpuThread<A> {
                 // A reply that cannot be sent: the machine was dropped meanwhile.
                 let refuse = |error| bound.send(Err(error)).ok().and(None);
                 let vcpu = match start {
-                    Start::Boot(registers) => match seed.bind(registers.as_deref()) {
+                    VcpuStart::Boot(registers) => match seed.bind(registers.as_deref()) {
                         Ok(vcpu) => bound.send(Ok(None)).ok().map(|()| vcpu),
                         Err(error) => refuse(error),
                     },
-                    Start::Restore(state) => match seed.bind_restored(&state) {
+                    VcpuStart::Restore(state) => match seed.bind_restored(&state) {
                         Ok((restoring, proof)) => {
-                            let told = bound.send(Ok(Some(proof))).ok();
-                            told.and_then(|()| post.finish(restoring))
+                            let sent = bound.send(Ok(Some(proof))).ok();
+                            sent.and_then(|()| context.finish(restoring))
                         }
                         Err(error) => refuse(error),
                     },
                 };
                 if let Some(vcpu) = vcpu {
-                    Runner { vcpu, post }.serve();
+                    Runner { vcpu, context }.serve();
                 }
             })
             .map_err(|source| VcpuError::Spawn {
@@ -162,19 +162,19 @@ impl<A: Arch> VcpuThread<A> {
     }
 
     fn send(&self, command: Command<A>) -> Result<(), VcpuError> {
-        let gone = VcpuError::Gone { vcpu: self.index };
+        let error = VcpuError::Gone { vcpu: self.index };
         let Some(commands) = &self.commands else {
-            return Err(gone);
+            return Err(error);
         };
         let mut deferred = self.deferred.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(finish) = deferred.take() {
             // If the thread has ended, the next line says so.
             let _ = commands.send(Command::Finish(finish, None));
         }
-        commands.send(command).map_err(|_| gone)
+        commands.send(command).map_err(|_| error)
     }
 
-    fn ask<T>(
+    fn request<T>(
         &self,
         command: impl FnOnce(Sender<T>) -> Command<A>,
     ) -> Result<Pending<T>, VcpuError> {
@@ -193,14 +193,14 @@ impl<A: Arch> VcpuThread<A> {
 
     /// Makes the vCPU leave guest code; the reply arrives when it is parked.
     pub(crate) fn park(&self) -> Result<Pending<()>, VcpuError> {
-        let pending = self.ask(Command::Park)?;
+        let pending = self.request(Command::Park)?;
         self.kicker.kick();
         Ok(pending)
     }
 
     /// Saves the state of a parked vCPU.
     pub(crate) fn save(&self) -> Result<Pending<Result<A::Vcpu, Error>>, VcpuError> {
-        self.ask(Command::Save)
+        self.request(Command::Save)
     }
 
     /// Restores saved state in a parked vCPU, which then waits for [`VcpuThread::finish`].
@@ -209,12 +209,12 @@ impl<A: Arch> VcpuThread<A> {
         &self,
         state: Arc<A::Vcpu>,
     ) -> Result<Pending<Result<RestoredVcpu, Error>>, VcpuError> {
-        self.ask(|reply| Command::Reload(state, reply))
+        self.request(|reply| Command::Reload(state, reply))
     }
 
     /// Finishes the restore of a vCPU that has its state.
     pub(crate) fn finish(&self, finish: Finish) -> Result<Pending<Result<(), Error>>, VcpuError> {
-        self.ask(|reply| Command::Finish(finish, Some(reply)))
+        self.request(|reply| Command::Finish(finish, Some(reply)))
     }
 
     /// Finishes the restore before the next command, without waking the thread for it. An
@@ -358,7 +358,7 @@ mod tests {
         let exit = Arc::new(ExitLatch::new().unwrap());
         let (thread, bound) = VcpuThread::spawn(
             Seed(script.clone()),
-            Start::Boot(None),
+            VcpuStart::Boot(None),
             Arc::new(NoBus),
             exit.clone(),
         )
@@ -439,7 +439,7 @@ mod tests {
         });
         let exit = Arc::new(ExitLatch::new().unwrap());
         let (thread, bound) =
-            VcpuThread::spawn(Seed(script), Start::Boot(None), Arc::new(NoBus), exit).unwrap();
+            VcpuThread::spawn(Seed(script), VcpuStart::Boot(None), Arc::new(NoBus), exit).unwrap();
         let error = bound.wait_ok().unwrap_err();
         assert!(matches!(error, VcpuError::Hypervisor { vcpu: 3, .. }));
         drop(thread);
@@ -461,7 +461,7 @@ mod tests {
     fn a_restored_vcpu_runs_once_it_has_finished() {
         let script = Arc::new(Script::default());
         let exit = Arc::new(ExitLatch::new().unwrap());
-        let start = Start::Restore(saved());
+        let start = VcpuStart::Restore(saved());
         let (thread, bound) =
             VcpuThread::spawn(Seed(script.clone()), start, Arc::new(NoBus), exit.clone()).unwrap();
         assert_eq!(bound.wait_ok().unwrap().unwrap().index(), 3);

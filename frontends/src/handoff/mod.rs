@@ -184,7 +184,7 @@ impl Handoff {
         };
         self.routers.insert(token, router);
         // The event of bytes that have already arrived may have been missed.
-        registry.again(token);
+        registry.call_again(token);
         Ok(())
     }
 
@@ -212,7 +212,7 @@ impl Handoff {
             }
             self.retries.remove(token, registry);
             if std::mem::take(&mut self.backlog_waits) {
-                registry.again(LISTENER);
+                registry.call_again(LISTENER);
             }
         }
     }
@@ -237,7 +237,7 @@ impl Handoff {
         }
         router.idle_since = Some(registry.now());
         if self.backlog_waits {
-            registry.again(LISTENER);
+            registry.call_again(LISTENER);
         }
     }
 
@@ -308,7 +308,7 @@ impl Handoff {
 
     fn router_ready(&mut self, token: u64, registry: &mut dyn Registry) {
         let error = match self.serve(token, registry) {
-            Ok(true) => return registry.again(token),
+            Ok(true) => return registry.call_again(token),
             Ok(false) => return,
             Err(error) => error,
         };
@@ -318,7 +318,7 @@ impl Handoff {
         }
         match error.kind() {
             io::ErrorKind::WouldBlock => return,
-            io::ErrorKind::Interrupted => return registry.again(token),
+            io::ErrorKind::Interrupted => return registry.call_again(token),
             // The router closed its connection.
             io::ErrorKind::UnexpectedEof => {}
             _ => self.service.counters.refuse(error),
@@ -348,7 +348,7 @@ impl EventHandler for Handoff {
             PERMITS => {
                 let waiting = self.routers.iter().filter(|(_, router)| router.is_paused);
                 for (&token, _) in waiting {
-                    registry.again(token);
+                    registry.call_again(token);
                 }
             }
             token => self.router_ready(token, registry),

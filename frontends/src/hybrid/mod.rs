@@ -212,7 +212,7 @@ impl Hybrid {
         }
         self.retries.remove(token, registry);
         if std::mem::take(&mut self.backlog_waits) {
-            registry.again(LISTENER);
+            registry.call_again(LISTENER);
         }
         self.deregister_when_idle();
         Some((stream, client.member))

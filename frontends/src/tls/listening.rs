@@ -178,7 +178,7 @@ impl TlsListener {
     fn end_handshake(&mut self, registry: &mut dyn Registry) {
         self.handshakes -= 1;
         if std::mem::take(&mut self.backlog_waits) {
-            registry.again(LISTENER);
+            registry.call_again(LISTENER);
         }
     }
 
@@ -195,9 +195,9 @@ impl TlsListener {
                     self.start_time_limit(token, registry);
                 }
             }
-            Ok(Pumped::More) => registry.again(token),
+            Ok(Pumped::More) => registry.call_again(token),
             Ok(Pumped::Established) => match self.establish(token, registry) {
-                Ok(()) => registry.again(token),
+                Ok(()) => registry.call_again(token),
                 Err(error) => {
                     self.service.counters.refuse(error);
                     self.remove(token, registry);

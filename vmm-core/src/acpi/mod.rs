@@ -70,8 +70,8 @@ pub enum AcpiError {
 /// A configuration that cannot be described, or memory without [`TABLES`].
 pub fn write_tables(guest: &GuestMemory, config: &AcpiConfig) -> Result<u64, AcpiError> {
     let image = tables::build(config)?;
-    let room = usize::try_from(GENERATION_ID - TABLES.start).unwrap_or(0);
-    if image.len() > room {
+    let capacity = usize::try_from(GENERATION_ID - TABLES.start).unwrap_or(0);
+    if image.len() > capacity {
         return Err(AcpiError::TooLarge { bytes: image.len() });
     }
     guest.write_slice(&image, GuestAddress(TABLES.start))?;

@@ -24,7 +24,7 @@ const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 const ALIGNMENT: usize = 64;
 
 /// Bytes reserved for the RSDP, which comes first.
-const RSDP_ROOM: usize = 64;
+const RSDP_RESERVED: usize = 64;
 
 /// Consecutive tables, with their guest addresses.
 struct Image {
@@ -52,7 +52,7 @@ pub(super) fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
     }
 
     let mut image = Image {
-        bytes: vec![0; RSDP_ROOM],
+        bytes: vec![0; RSDP_RESERVED],
     };
     let dsdt = image.push(&dsdt::build(config));
     let fadt = image.push(&fadt(dsdt).finalize());

@@ -110,7 +110,7 @@ impl SetupHeader {
     }
 
     /// Selects the kernel's load address, in memory that ends at `memory_end`.
-    fn place(&self, memory_end: u64) -> Result<u64, LoadError> {
+    fn load_address(&self, memory_end: u64) -> Result<u64, LoadError> {
         let fits = |address: u64| {
             address >= HIGH_MEMORY
                 && address
@@ -172,7 +172,7 @@ pub(super) fn load(
         .checked_sub(header.code_offset)
         .filter(|&len| len > 0 && len <= header.init_size)
         .ok_or_else(|| format_error("its boot header does not fit its length"))?;
-    let address = header.place(low_memory_end(memory))?;
+    let address = header.load_address(low_memory_end(memory))?;
     copy_from_file(guest, source.kernel, header.code_offset, address, code_len)
         .map_err(LoadError::ReadKernel)?;
     // `ramdisk_max` is the highest address of the last byte.
@@ -297,9 +297,9 @@ pub(super) mod tests {
     #[test]
     fn a_relocatable_kernel_is_loaded_lower_in_small_memory() {
         let header = SetupHeader::parse(&image(&[0; 64])).unwrap();
-        assert_eq!(header.place(0x140_0000).unwrap(), 0x100_0000);
-        assert_eq!(header.place(0x13f_ffff).unwrap(), 0x20_0000);
-        assert!(header.place(0x5f_ffff).is_err());
+        assert_eq!(header.load_address(0x140_0000).unwrap(), 0x100_0000);
+        assert_eq!(header.load_address(0x13f_ffff).unwrap(), 0x20_0000);
+        assert!(header.load_address(0x5f_ffff).is_err());
     }
 
     #[test]

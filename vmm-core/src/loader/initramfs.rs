@@ -36,7 +36,7 @@ impl InitramfsPart {
 
 /// Position of the initramfs in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Placed {
+pub(super) struct InitramfsRange {
     pub(super) address: u64,
     pub(super) len: u64,
 }
@@ -67,7 +67,7 @@ pub(super) fn load(
     parts: &[InitramfsPart],
     kernel_end: u64,
     limit: u64,
-) -> Result<Option<Placed>, LoadError> {
+) -> Result<Option<InitramfsRange>, LoadError> {
     let mut opened = Vec::with_capacity(parts.len());
     let mut len = 0u64;
     for part in parts {
@@ -110,7 +110,7 @@ pub(super) fn load(
         }
         to += padded(part_len).unwrap_or(part_len);
     }
-    Ok(Some(Placed { address, len }))
+    Ok(Some(InitramfsRange { address, len }))
 }
 
 #[cfg(test)]

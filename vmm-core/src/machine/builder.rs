@@ -17,7 +17,7 @@ use crate::layout::{COM1_GSI, COM1_PORT, GED_GSI};
 use crate::memory::MachineMemory;
 use crate::power;
 use crate::serial::{Console, Uart};
-use crate::vcpu_thread::{Start, VcpuThread};
+use crate::vcpu_thread::{VcpuStart, VcpuThread};
 use crate::vmgenid::GenerationId;
 use sm_event_loop::EventLoopHandle;
 
@@ -106,7 +106,7 @@ impl<H: Hypervisor> MachineBuilder<H> {
     /// Starts all vCPU threads, parked, and waits until each is bound.
     pub(super) fn start(
         &self,
-        starts: impl Iterator<Item = Start<H::Arch>>,
+        starts: impl Iterator<Item = VcpuStart<H::Arch>>,
     ) -> Result<Started<H::Arch>, MachineError> {
         let mut threads = Vec::new();
         let mut answers = Vec::new();

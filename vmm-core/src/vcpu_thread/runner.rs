@@ -17,14 +17,14 @@ enum Next<A: Arch> {
 }
 
 /// A vCPU thread without its vCPU.
-pub(super) struct Post<A: Arch> {
+pub(super) struct VcpuContext<A: Arch> {
     pub(super) index: u32,
     pub(super) bus: Arc<dyn Bus + Send + Sync>,
     pub(super) exit: Arc<ExitLatch>,
     pub(super) inbox: Receiver<Command<A>>,
 }
 
-impl<A: Arch> Post<A> {
+impl<A: Arch> VcpuContext<A> {
     /// Waits for the machine to be restored, and finishes. Returns `None` if the vCPU is
     /// lost.
     pub(super) fn finish<R: RestoringVcpu>(&self, restoring: R) -> Option<R::Vcpu> {
@@ -59,7 +59,7 @@ impl<A: Arch> Post<A> {
 /// A vCPU on its thread.
 pub(super) struct Runner<V: Vcpu> {
     pub(super) vcpu: V,
-    pub(super) post: Post<V::Arch>,
+    pub(super) context: VcpuContext<V::Arch>,
 }
 
 impl<V: Vcpu> Runner<V> {
@@ -75,7 +75,7 @@ impl<V: Vcpu> Runner<V> {
                 }
                 Next::Park => {
                     running = false;
-                    match self.post.inbox.recv() {
+                    match self.context.inbox.recv() {
                         Ok(command) => Next::Obey(command),
                         Err(RecvError) => Next::End,
                     }
@@ -119,12 +119,12 @@ impl<V: Vcpu> Runner<V> {
         state: &<V::Arch as Arch>::Vcpu,
         reply: &Sender<Result<RestoredVcpu, Error>>,
     ) -> Option<Self> {
-        let Self { vcpu, post } = self;
+        let Self { vcpu, context } = self;
         match vcpu.reload(state) {
             Ok((restoring, proof)) => {
                 let _ = reply.send(Ok(proof));
-                let vcpu = post.finish(restoring)?;
-                Some(Self { vcpu, post })
+                let vcpu = context.finish(restoring)?;
+                Some(Self { vcpu, context })
             }
             Err(error) => {
                 let _ = reply.send(Err(error));
@@ -135,13 +135,13 @@ impl<V: Vcpu> Runner<V> {
 
     /// Runs guest code until the next exit.
     fn run(&mut self) -> Next<V::Arch> {
-        if self.post.exit.reason().is_some() {
+        if self.context.exit.reason().is_some() {
             return Next::Park;
         }
-        let vcpu = self.post.index;
-        let reason = match self.vcpu.run(&*self.post.bus) {
+        let vcpu = self.context.index;
+        let reason = match self.vcpu.run(&*self.context.bus) {
             Ok(Exit::Cancelled) => {
-                return match self.post.inbox.try_recv() {
+                return match self.context.inbox.try_recv() {
                     Ok(command) => Next::Obey(command),
                     // An old kick, or one by the exit latch.
                     Err(TryRecvError::Empty) => Next::Run,
@@ -161,7 +161,7 @@ impl<V: Vcpu> Runner<V> {
                 reason: format!("vCPU {vcpu}: {}", chain(&error)),
             },
         };
-        self.post.exit.report(reason);
+        self.context.exit.report(reason);
         Next::Park
     }
 }

@@ -56,7 +56,7 @@ const REQUEST_COST: u32 = 4 << 10;
 /// A thread has finished requests.
 const TOKEN_DONE: u64 = 0;
 /// The slice was used up.
-const TOKEN_AGAIN: u64 = 1;
+const TOKEN_CONTINUE: u64 = 1;
 
 /// Access mode of a device; fixed when the device is created, because features are
 /// negotiated before a backing may be attached.
@@ -197,7 +197,7 @@ impl Service<'_> {
                             operation,
                             disk: Arc::clone(self.disk),
                         };
-                        self.hand_over(job, registry)?;
+                        self.submit_to_worker(job, registry)?;
                         continue;
                     }
                 },
@@ -211,7 +211,7 @@ impl Service<'_> {
             }
             slice = slice.saturating_sub(cost);
             if slice == 0 {
-                registry.again(TOKEN_AGAIN);
+                registry.call_again(TOKEN_CONTINUE);
                 break;
             }
         }
@@ -219,7 +219,11 @@ impl Service<'_> {
         Ok(())
     }
 
-    fn hand_over(&mut self, job: Job, registry: &mut dyn Registry) -> Result<(), QueueError> {
+    fn submit_to_worker(
+        &mut self,
+        job: Job,
+        registry: &mut dyn Registry,
+    ) -> Result<(), QueueError> {
         if self.active.workers.is_none() {
             let workers = Workers::new(self.active.memory.clone());
             self.active.workers = workers
@@ -244,12 +248,12 @@ impl Service<'_> {
     }
 
     /// Returns the requests that the threads have finished.
-    fn take_done(&mut self) -> Result<(), QueueError> {
+    fn take_finished(&mut self) -> Result<(), QueueError> {
         let Some((workers, _)) = &self.active.workers else {
             return Ok(());
         };
         let mut all = std::mem::take(&mut self.active.done);
-        workers.take_done(&mut all);
+        workers.take_finished(&mut all);
         for Done { chain, outcome } in all.drain(..) {
             self.finish(&chain, outcome)?;
             self.active.chains.push(chain);
@@ -347,8 +351,8 @@ impl VirtioDevice for Block {
         {
             // Before the finished requests are taken, so that none is missed.
             let _ = drain(finished.as_fd());
-            self.with_queue(|service| service.take_done());
-        } else if token == TOKEN_AGAIN {
+            self.with_queue(|service| service.take_finished());
+        } else if token == TOKEN_CONTINUE {
             self.with_queue(|service| service.take_requests(registry));
         }
     }
@@ -373,7 +377,7 @@ impl VirtioDevice for Block {
             workers.drain();
             let _ = drain(workers.finished().as_fd());
         }
-        self.with_queue(|service| service.take_done());
+        self.with_queue(|service| service.take_finished());
     }
 
     fn queues(&self) -> &[Queue] {

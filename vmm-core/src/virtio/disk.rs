@@ -48,7 +48,7 @@ struct Range {
     start: u64,
     /// Number of bytes that the file has, from the start on. The others are zeros; a
     /// failing or short read of these never turns into zeros.
-    held: u64,
+    stored_len: u64,
 }
 
 #[derive(Debug, Default)]
@@ -103,7 +103,7 @@ impl Disk {
             let in_file = file_len(&segment.file)?.saturating_sub(segment.offset);
             ranges.push(Range {
                 start: len,
-                held: in_file.min(segment.len),
+                stored_len: in_file.min(segment.len),
             });
             len = len
                 .checked_add(segment.len)
@@ -230,7 +230,7 @@ impl Disk {
             let within = at - range.start;
             let part = window.take(saturated(segment.len - within));
             let mut padding = part;
-            let part = part.take(saturated(range.held.saturating_sub(within)));
+            let part = part.take(saturated(range.stored_len.saturating_sub(within)));
             let place = segment.offset + within;
             if !part.is_empty() && !read(part, segment.file.as_fd(), place)? {
                 return Ok(false);

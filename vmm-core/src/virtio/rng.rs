@@ -21,7 +21,7 @@ const MAX_BYTES: usize = 256;
 /// Requests served before other handlers have their turn.
 const SLICE: usize = 64;
 /// The slice was used up.
-const TOKEN_AGAIN: u64 = 0;
+const TOKEN_CONTINUE: u64 = 0;
 
 struct Active {
     memory: GuestMemory,
@@ -49,7 +49,7 @@ impl Rng {
         };
         let served = serve(active, queue, &mut self.chain).and_then(|more| {
             if more {
-                registry.again(TOKEN_AGAIN);
+                registry.call_again(TOKEN_CONTINUE);
             }
             queue.publish(&active.memory)
         });
@@ -76,10 +76,10 @@ fn serve(
             return Ok(false);
         }
         let mut bytes = [0; MAX_BYTES];
-        let room = bytes.len().min(chain.writable_len() as usize);
+        let len = bytes.len().min(chain.writable_len() as usize);
         let flags = rustix::rand::GetRandomFlags::empty();
         // Up to 256 bytes arrive at once; without any, the driver requests again.
-        let filled = rustix::rand::getrandom(&mut bytes[..room], flags).unwrap_or(0);
+        let filled = rustix::rand::getrandom(&mut bytes[..len], flags).unwrap_or(0);
         let window = Window::new(&chain.writable, 0, u32::MAX);
         if !window.copy_in(&active.memory, &bytes[..filled]) {
             return Err(QueueError::Buffer);

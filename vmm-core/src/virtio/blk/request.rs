@@ -19,7 +19,7 @@ const HEADER_LEN: u32 = 16;
 const RANGE_LEN: u32 = 16;
 /// Longest read that is executed on the event loop, in bytes. Linux's own requests are at
 /// most about as long; a chain can have up to 4 GiB.
-const MAX_READ_NOW: u32 = 1 << 20;
+const MAX_INLINE_READ: u32 = 1 << 20;
 /// The only flag of a range.
 const UNMAP: u32 = 1;
 
@@ -57,7 +57,7 @@ pub(super) enum Operation {
 }
 
 /// Returns the length of the device-writable part for data: all but the status.
-fn room(chain: &DescriptorChain) -> u32 {
+fn writable_data_len(chain: &DescriptorChain) -> u32 {
     chain.writable_len().saturating_sub(1)
 }
 
@@ -101,7 +101,7 @@ impl Operation {
                     Ok(window) => window,
                     Err(status) => return Some(Err(status)),
                 };
-                if window.len() > MAX_READ_NOW {
+                if window.len() > MAX_INLINE_READ {
                     return None;
                 }
                 match disk.read_cached(memory, window, offset) {
@@ -111,7 +111,7 @@ impl Operation {
                 }
             }
             Self::Identify => {
-                let window = Window::new(&chain.writable, 0, room(chain));
+                let window = Window::new(&chain.writable, 0, writable_data_len(chain));
                 let len = id.len().min(window.len() as usize);
                 let copied = window.copy_in(memory, &id[..len]);
                 // At most 20.
@@ -195,7 +195,7 @@ impl Operation {
 }
 
 fn read_window(chain: &DescriptorChain) -> Result<Window<'_>, Status> {
-    let window = Window::new(&chain.writable, 0, room(chain));
+    let window = Window::new(&chain.writable, 0, writable_data_len(chain));
     whole_sectors(window.len())?;
     Ok(window)
 }
@@ -222,7 +222,7 @@ pub(super) fn answer(
     };
     let status = u8::try_from(status).unwrap_or(u8::MAX);
     // A chain without room for a status cannot be answered.
-    if Window::new(&chain.writable, room(chain), 1).copy_in(memory, &[status]) {
+    if Window::new(&chain.writable, writable_data_len(chain), 1).copy_in(memory, &[status]) {
         Ok(written + 1)
     } else {
         Err(QueueError::Buffer)

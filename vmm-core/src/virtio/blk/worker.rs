@@ -103,7 +103,7 @@ impl Workers {
     }
 
     /// Swaps `done`, which must be empty, with the list of finished requests.
-    pub(super) fn take_done(&self, done: &mut Vec<Done>) {
+    pub(super) fn take_finished(&self, done: &mut Vec<Done>) {
         std::mem::swap(&mut self.shared.lock().done, done);
     }
 
