@@ -65,7 +65,7 @@ fn packets(c: &mut Criterion) {
         b.iter(|| {
             host.write_all(&[1; 64]).unwrap();
             taken = guest.take(&request, 64, taken);
-            guest.give(&request, &[7; 64]);
+            guest.send_all(&request, &[7; 64]);
             let mut back = [0; 64];
             host.read_exact(&mut back).unwrap();
             black_box(back);

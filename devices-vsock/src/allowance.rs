@@ -53,7 +53,7 @@ impl Allowance {
     }
 
     /// Returns the window of a connection that has ended.
-    pub(crate) fn give_back(&mut self, granted: u32) {
+    pub(crate) fn release(&mut self, granted: u32) {
         self.extra += u64::from(granted.saturating_sub(MIN_WINDOW));
     }
 }
@@ -85,7 +85,7 @@ mod tests {
         assert!(kept > config.max_backlog / 10 * 8, "most of it is used");
         assert!(windows.iter().all(|&window| window >= MIN_WINDOW));
         for window in windows {
-            allowance.give_back(window);
+            allowance.release(window);
         }
         assert_eq!(allowance.extra, Allowance::new(&config).extra);
     }

@@ -30,12 +30,12 @@ pub(crate) struct Pool {
     slots: Vec<Slot>,
     /// Free slots, with memory and without.
     spare: Vec<u32>,
-    bare: Vec<u32>,
+    freed: Vec<u32>,
 }
 
 impl Pool {
     fn take(&mut self) -> u32 {
-        let slot = self.spare.pop().or_else(|| self.bare.pop());
+        let slot = self.spare.pop().or_else(|| self.freed.pop());
         let slot = slot.unwrap_or_else(|| {
             self.slots.push(Slot {
                 bytes: None,
@@ -52,12 +52,12 @@ impl Pool {
         slot
     }
 
-    fn give_back(&mut self, index: u32) {
+    fn release(&mut self, index: u32) {
         if self.spare.len() < SPARE {
             self.spare.push(index);
         } else if let Some(slot) = self.slots.get_mut(index as usize) {
             slot.bytes = None;
-            self.bare.push(index);
+            self.freed.push(index);
         }
     }
 
@@ -75,7 +75,7 @@ impl Pool {
     /// Returns the number of chunks in use.
     #[cfg(test)]
     fn used(&self) -> usize {
-        self.slots.len() - self.spare.len() - self.bare.len()
+        self.slots.len() - self.spare.len() - self.freed.len()
     }
 }
 
@@ -129,12 +129,12 @@ impl Backlog {
             }
             let slot = pool.slots.get_mut(self.last as usize);
             let bytes = slot.and_then(|slot| slot.bytes.as_deref_mut());
-            let place = bytes.and_then(|bytes| bytes.get_mut(self.end as usize..));
-            let place = place.unwrap_or_default();
-            let now = (len - done).min(u32::try_from(place.len()).unwrap_or(0));
+            let free = bytes.and_then(|bytes| bytes.get_mut(self.end as usize..));
+            let free = free.unwrap_or_default();
+            let now = (len - done).min(u32::try_from(free.len()).unwrap_or(0));
             let from = GuestAddress(address.0 + u64::from(done));
-            let place = place.get_mut(..now as usize).unwrap_or_default();
-            if now == 0 || memory.read_slice(place, from).is_err() {
+            let free = free.get_mut(..now as usize).unwrap_or_default();
+            if now == 0 || memory.read_slice(free, from).is_err() {
                 return false;
             }
             done += now;
@@ -192,7 +192,7 @@ impl Backlog {
                 return;
             }
             let next = pool.next(self.first);
-            pool.give_back(self.first);
+            pool.release(self.first);
             self.start = 0;
             if is_last {
                 *self = Self::default();

@@ -50,7 +50,7 @@
 //! ```text
 //!  MuxerHandle::connect                       REQUEST of the guest, accepted
 //!          |                                               |
-//!          v                                               v  (RESPONSE is owed)
+//!          v                                               v  (RESPONSE pending)
 //!    +-----------+     RESPONSE of the guest        +-------------+
 //!    | Requested |--------------------------------->| Established |
 //!    +-----------+                                  +-------------+
@@ -125,7 +125,7 @@ pub(crate) enum Awaiting {
 
 /// Packets without data that the guest has not received yet.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Owed {
+pub(crate) struct PendingPackets {
     pub(crate) request: bool,
     pub(crate) response: bool,
     pub(crate) credit: bool,
@@ -146,7 +146,7 @@ pub(crate) struct Connection {
     /// True if the event loop reports when the socket is writable.
     pub(crate) watches_writing: bool,
     pub(crate) phase: Phase,
-    pub(crate) owed: Owed,
+    pub(crate) pending: PendingPackets,
     /// The socket may have bytes to read.
     pub(crate) readable: bool,
     /// The host's end has hung up; its last bytes may be unread.
@@ -158,7 +158,7 @@ pub(crate) struct Connection {
     /// The host's socket was shut down for writing.
     write_closed: bool,
     /// SHUTDOWN flags that were sent to the guest, and those that it sent.
-    told: u32,
+    sent_flags: u32,
     guest_ends: u32,
     /// Number of receive buffers for the next read.
     pub(crate) run: usize,
@@ -166,8 +166,8 @@ pub(crate) struct Connection {
     pub(crate) incoming: Incoming<u32>,
     /// Bytes for the guest that precede those of the socket: the preamble, or the rest of a
     /// message.
-    before: Vec<u8>,
-    before_sent: usize,
+    prefix: Vec<u8>,
+    prefix_sent: usize,
     backlog: Backlog,
     messages: Messages,
     /// The system lacked memory: the transfer must be repeated.
@@ -183,9 +183,9 @@ pub(crate) struct Connection {
     report: Report,
     pub(crate) member: Option<Member>,
     /// Time of the request, if it is measured.
-    pub(crate) asked: Option<Instant>,
+    pub(crate) requested_at: Option<Instant>,
     /// Time of the notification whose data are in the backlog, if it is measured.
-    pub(crate) kept_since: Option<Instant>,
+    pub(crate) stored_since: Option<Instant>,
     pub(crate) awaiting: Awaiting,
     /// Deadline of `awaiting`.
     pub(crate) deadline: Option<Timer>,
@@ -198,19 +198,19 @@ impl Connection {
             socket,
             watches_writing: false,
             phase,
-            owed: Owed::default(),
+            pending: PendingPackets::default(),
             readable: true,
             hung_up: false,
             read_done: false,
             refuses: false,
             write_closed: false,
-            told: 0,
+            sent_flags: 0,
             guest_ends: 0,
             run: 1,
             outgoing: Outgoing::default(),
             incoming: Incoming::new(window),
-            before: Vec::new(),
-            before_sent: 0,
+            prefix: Vec::new(),
+            prefix_sent: 0,
             backlog: Backlog::default(),
             messages: Messages::default(),
             short_of_memory: false,
@@ -218,10 +218,10 @@ impl Connection {
             progressed: false,
             status_reply: false,
             status_wait: Duration::ZERO,
-            report: Report::nobody(),
+            report: Report::none(),
             member: None,
-            asked: None,
-            kept_since: None,
+            requested_at: None,
+            stored_since: None,
             awaiting: Awaiting::Nothing,
             deadline: None,
         }
@@ -229,17 +229,17 @@ impl Connection {
 
     /// Adds the host's request.
     pub(crate) fn with_request(mut self, request: ConnectRequest) -> Self {
-        self.owed.request = true;
-        self.before = request.preamble;
+        self.pending.request = true;
+        self.prefix = request.preamble;
         self.status_reply = request.status_reply;
         self.status_wait = request.wait;
         self.report = request.report;
         self.member = request.member;
-        self.asked = request.asked;
+        self.requested_at = request.requested_at;
         self
     }
 
-    pub(crate) fn keeps_messages_apart(&self) -> bool {
+    pub(crate) fn is_seqpacket(&self) -> bool {
         self.socket.kind == SocketKind::SeqPacket
     }
 
@@ -253,42 +253,42 @@ impl Connection {
 
     /// Reports the result of the connection attempt to its requester; once.
     pub(crate) fn report(&mut self, result: Result<(), ConnectError>) {
-        self.report.tell(result.map(|()| self.key.1));
+        self.report.send(result.map(|()| self.key.1));
     }
 
     /// Returns window and counter for the next packet to the guest.
     pub(crate) fn announce(&mut self) -> (u32, u32) {
-        self.owed.credit = false;
+        self.pending.credit = false;
         self.incoming.announce()
     }
 
-    /// Returns the next packet without data that the guest is owed.
-    pub(crate) fn next_owed(&mut self) -> Option<(Operation, u32)> {
+    /// Returns the next pending packet without data.
+    pub(crate) fn next_pending(&mut self) -> Option<(Operation, u32)> {
         if self.phase == Phase::Draining {
             return None;
         }
-        if std::mem::take(&mut self.owed.request) {
+        if std::mem::take(&mut self.pending.request) {
             return Some((Operation::Request, 0));
         }
         if self.phase == Phase::Requested {
             return None;
         }
-        if std::mem::take(&mut self.owed.response) {
+        if std::mem::take(&mut self.pending.response) {
             return Some((Operation::Response, 0));
         }
-        let due = self.due_ends();
+        let due = self.due_shutdown();
         if due != 0 {
-            self.told |= due;
-            self.owed.ends &= !due;
-            return Some((Operation::Shutdown, self.told));
+            self.sent_flags |= due;
+            self.pending.ends &= !due;
+            return Some((Operation::Shutdown, self.sent_flags));
         }
-        std::mem::take(&mut self.owed.credit).then_some((Operation::CreditUpdate, 0))
+        std::mem::take(&mut self.pending.credit).then_some((Operation::CreditUpdate, 0))
     }
 
     /// Returns the SHUTDOWN flags that can be sent. The host's end of sending follows its
     /// data.
-    fn due_ends(&self) -> u32 {
-        let due = self.owed.ends & !self.told;
+    fn due_shutdown(&self) -> u32 {
+        let due = self.pending.ends & !self.sent_flags;
         if self.has_data_to_send() {
             due & SHUTDOWN_RECEIVE
         } else {
@@ -297,17 +297,17 @@ impl Connection {
     }
 
     fn has_data_to_send(&self) -> bool {
-        self.before_sent < self.before.len() || self.readable && !self.read_done
+        self.prefix_sent < self.prefix.len() || self.readable && !self.read_done
     }
 
     /// Returns true if the connection can use a receive buffer now.
     pub(crate) fn wants_buffer(&self) -> bool {
         match self.phase {
-            Phase::Requested => self.owed.request,
+            Phase::Requested => self.pending.request,
             Phase::Established => {
-                self.owed.response
-                    || self.owed.credit
-                    || self.due_ends() != 0
+                self.pending.response
+                    || self.pending.credit
+                    || self.due_shutdown() != 0
                     || self.has_data_to_send() && self.outgoing.available() > 0
             }
             Phase::Draining => false,
@@ -316,9 +316,9 @@ impl Connection {
 
     /// Handles a hang-up after the end of the host's data: a peer that is gone, instead of
     /// one that only stopped sending, does not read either, and the guest gets both flags.
-    pub(crate) fn notice_hang_up(&mut self) {
+    pub(crate) fn handle_hang_up(&mut self) {
         if self.read_done && !self.refuses && self.socket.is_gone() {
-            self.owed.ends |= BOTH;
+            self.pending.ends |= BOTH;
         }
     }
 
@@ -339,17 +339,17 @@ impl Connection {
     }
 
     /// Handles the guest's end of the connection; its earlier data are still written.
-    pub(crate) fn guest_forgets(&mut self) {
+    pub(crate) fn guest_closed(&mut self) {
         self.phase = Phase::Draining;
-        self.owed = Owed::default();
+        self.pending = PendingPackets::default();
         self.stop_reading();
         self.close_writing_if_due();
     }
 
     fn stop_reading(&mut self) {
         self.read_done = true;
-        self.before = Vec::new();
-        self.before_sent = 0;
+        self.prefix = Vec::new();
+        self.prefix_sent = 0;
     }
 
     /// Shuts the host's socket down for writing once the guest has ended and all its data
@@ -372,8 +372,10 @@ impl Connection {
 
     /// Returns true if both directions have ended and all data are written.
     pub(crate) fn is_finished(&self) -> bool {
-        let to_host = self.guest_ends & SHUTDOWN_SEND != 0 || self.told & SHUTDOWN_RECEIVE != 0;
-        let to_guest = self.guest_ends & SHUTDOWN_RECEIVE != 0 || self.told & SHUTDOWN_SEND != 0;
+        let to_host =
+            self.guest_ends & SHUTDOWN_SEND != 0 || self.sent_flags & SHUTDOWN_RECEIVE != 0;
+        let to_guest =
+            self.guest_ends & SHUTDOWN_RECEIVE != 0 || self.sent_flags & SHUTDOWN_SEND != 0;
         // The guest must confirm the host's end.
         let by_guest = self.guest_ends != 0 && to_host && to_guest;
         !self.has_backlog() && (by_guest || self.phase == Phase::Draining)
@@ -386,14 +388,14 @@ impl Connection {
             Phase::Draining => Awaiting::Tail,
             Phase::Established if self.status_reply => Awaiting::Status,
             Phase::Established if self.guest_ends == BOTH => Awaiting::Tail,
-            Phase::Established if self.told == BOTH => Awaiting::End,
+            Phase::Established if self.sent_flags == BOTH => Awaiting::End,
             Phase::Established => Awaiting::Nothing,
         }
     }
 
     /// Returns true if data of the guest wait for the socket.
     pub(crate) fn has_backlog(&self) -> bool {
-        if self.keeps_messages_apart() {
+        if self.is_seqpacket() {
             // An incomplete message does not count.
             !self.messages.lens.is_empty()
         } else {

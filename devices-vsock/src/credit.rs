@@ -80,7 +80,7 @@ pub(crate) struct Incoming<C> {
     received: C,
     forwarded: C,
     /// `forwarded` in the last announcement.
-    told: C,
+    announced: C,
 }
 
 impl<C: Count> Incoming<C> {
@@ -92,7 +92,7 @@ impl<C: Count> Incoming<C> {
     }
 
     /// Returns the number of bytes that were received and not forwarded.
-    pub(crate) fn kept(&self) -> C {
+    pub(crate) fn unforwarded(&self) -> C {
         self.received.minus(self.forwarded)
     }
 
@@ -109,7 +109,7 @@ impl<C: Count> Incoming<C> {
     /// the window.
     #[must_use]
     pub(crate) fn receive(&mut self, len: C) -> bool {
-        let sound = len <= self.window.saturating_minus(self.kept());
+        let sound = len <= self.window.saturating_minus(self.unforwarded());
         if sound {
             self.received = self.received.plus(len);
         }
@@ -124,12 +124,12 @@ impl<C: Count> Incoming<C> {
     /// Returns true if an announcement is due: a quarter of the window was freed since the
     /// last one, so the other side still has most of its credit.
     pub(crate) fn is_due(&self) -> bool {
-        self.forwarded.minus(self.told) >= self.window.quarter().max(C::ONE)
+        self.forwarded.minus(self.announced) >= self.window.quarter().max(C::ONE)
     }
 
     /// Returns window and counter for the next packet.
     pub(crate) fn announce(&mut self) -> (C, C) {
-        self.told = self.forwarded;
+        self.announced = self.forwarded;
         (self.window, self.forwarded)
     }
 }
@@ -167,13 +167,13 @@ mod tests {
                         window,
                         received: forwarded.wrapping_add(kept),
                         forwarded,
-                        told: forwarded,
+                        announced: forwarded,
                     };
                     let all = u16::from(window) - u16::from(kept);
                     for len in 0..=u8::MAX {
                         let mut after = before;
                         assert_eq!(after.receive(len), u16::from(len) <= all);
-                        assert!(after.kept() <= window, "{before:?} {len}");
+                        assert!(after.unforwarded() <= window, "{before:?} {len}");
                     }
                 }
             }
@@ -188,7 +188,7 @@ mod tests {
         window: u8,
         received: u8,
         forwarded: u8,
-        told: u8,
+        announced: u8,
         on_the_way: Option<(u8, u8)>,
     }
 
@@ -203,7 +203,7 @@ mod tests {
                 window: self.window,
                 received: self.received,
                 forwarded: self.forwarded,
-                told: self.told,
+                announced: self.announced,
             };
             (out, incoming)
         }
@@ -222,7 +222,7 @@ mod tests {
                     ..*self
                 });
             }
-            for len in 1..=incoming.kept() {
+            for len in 1..=incoming.unforwarded() {
                 let mut incoming = incoming;
                 incoming.forward(len);
                 all.push(Self {
@@ -234,7 +234,7 @@ mod tests {
                 let mut incoming = incoming;
                 let announced = incoming.announce();
                 all.push(Self {
-                    told: incoming.told,
+                    announced: incoming.announced,
                     on_the_way: Some(announced),
                     ..*self
                 });
@@ -261,7 +261,7 @@ mod tests {
                 window,
                 received: start,
                 forwarded: start,
-                told: start,
+                announced: start,
                 on_the_way: None,
             };
             let mut seen = HashSet::from([first]);

@@ -154,8 +154,8 @@ impl Vsock {
         self.publish(active, RX)?;
         self.publish(active, EVENT)?;
         // Resets may have used buffers, so that packets of the guest can be handled again.
-        let heard = sent == Pause::Buffers && self.muxer.has_room();
-        Ok(heard || sent == Pause::Budget || received == Pause::Budget)
+        let has_room = sent == Pause::Buffers && self.muxer.has_room();
+        Ok(has_room || sent == Pause::Budget || received == Pause::Budget)
     }
 
     /// Publishes the returned buffers of a queue, and notifies the driver if it wants to be
@@ -181,8 +181,8 @@ impl Vsock {
         // Before the streams end, so that the reason is known.
         self.mailbox.failed(&reason);
         self.muxer.clear(Some(registry));
-        self.receiver.forget();
-        self.gathered.forget();
+        self.receiver.clear();
+        self.gathered.clear();
     }
 
     fn take_commands(&mut self, registry: &mut dyn Registry) {
@@ -211,7 +211,7 @@ impl Vsock {
             self.muxer.watch_writing(slot, registry);
         }
         if over && let Some(connection) = self.muxer.get(slot) {
-            connection.notice_hang_up();
+            connection.handle_hang_up();
             if connection.is_cancelled() {
                 self.muxer.abort(slot, ConnectError::HungUp, registry);
                 return;
@@ -350,8 +350,8 @@ impl VirtioDevice for Vsock {
         self.active = None;
         self.failed = false;
         self.queues.clear();
-        self.receiver.forget();
-        self.gathered.forget();
+        self.receiver.clear();
+        self.gathered.clear();
         self.reset = TransportReset::None;
         self.muxer.clear(registry);
     }
@@ -359,7 +359,7 @@ impl VirtioDevice for Vsock {
     fn quiesce(&mut self, registry: &mut dyn Registry) {
         // Unused buffers are returned to the driver.
         if let Some(queue) = self.queues.get_mut(RX) {
-            self.receiver.give_back(queue);
+            self.receiver.return_unused(queue);
         }
         self.quiesced_at = Some(registry.now());
     }
@@ -391,7 +391,7 @@ impl VirtioDevice for Vsock {
         // a transport reset ended before its process closes the socket, and refuses another
         // one with the same ports until then.
         self.muxer.next_port = next_port;
-        self.reset = TransportReset::Owed;
+        self.reset = TransportReset::Pending;
         Ok(())
     }
 }

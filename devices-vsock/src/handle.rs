@@ -112,21 +112,21 @@ impl ConnectOptions {
 pub(crate) struct Report(Option<OnResult>);
 
 impl Report {
-    pub(crate) fn nobody() -> Self {
+    pub(crate) fn none() -> Self {
         Self(None)
     }
 
     /// Calls the callback, unless it was called before.
-    pub(crate) fn tell(&mut self, result: Result<u32, ConnectError>) {
-        if let Some(tell) = self.0.take() {
-            tell(result);
+    pub(crate) fn send(&mut self, result: Result<u32, ConnectError>) {
+        if let Some(callback) = self.0.take() {
+            callback(result);
         }
     }
 }
 
 impl Drop for Report {
     fn drop(&mut self) {
-        self.tell(Err(ConnectError::Reset));
+        self.send(Err(ConnectError::Reset));
     }
 }
 
@@ -184,7 +184,7 @@ pub(crate) struct ConnectRequest {
     pub(crate) wait: Duration,
     pub(crate) report: Report,
     pub(crate) member: Option<Member>,
-    pub(crate) asked: Option<Instant>,
+    pub(crate) requested_at: Option<Instant>,
 }
 
 pub(crate) enum Command {
@@ -256,7 +256,7 @@ impl Mailbox {
             Ok(false) => {}
             Err((Command::Connect(_, mut request), Refused::Full)) => {
                 self.counters.refused.add(1);
-                request.report.tell(Err(ConnectError::Limit));
+                request.report.send(Err(ConnectError::Limit));
             }
             // Dropping the command notifies the requester.
             Err(_) => {}
@@ -264,9 +264,9 @@ impl Mailbox {
     }
 
     pub(crate) fn failed(&self, reason: &str) {
-        let tell = self.on_failure.lock();
-        if let Some(tell) = &mut *tell.unwrap_or_else(PoisonError::into_inner) {
-            tell(reason);
+        let callback = self.on_failure.lock();
+        if let Some(callback) = &mut *callback.unwrap_or_else(PoisonError::into_inner) {
+            callback(reason);
         }
     }
 }
@@ -299,7 +299,7 @@ impl MuxerHandle {
             wait: options.wait,
             report: Report(options.on_result),
             member: options.member,
-            asked: self.mailbox.profiler.begin(),
+            requested_at: self.mailbox.profiler.begin(),
         };
         self.mailbox.send(Command::Connect(stream, request));
     }
@@ -343,9 +343,9 @@ impl MuxerHandle {
     /// Sets a callback for failures of the device that its driver causes: all connections
     /// have then ended, and no others are possible until the driver resets the device.
     /// Replaces an earlier callback.
-    pub fn on_failure(&self, tell: OnFailure) {
-        let place = self.mailbox.on_failure.lock();
-        *place.unwrap_or_else(PoisonError::into_inner) = Some(tell);
+    pub fn on_failure(&self, callback: OnFailure) {
+        let callback_slot = self.mailbox.on_failure.lock();
+        *callback_slot.unwrap_or_else(PoisonError::into_inner) = Some(callback);
     }
 
     /// Returns the current counters.

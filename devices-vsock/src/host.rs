@@ -26,9 +26,9 @@ pub(crate) enum Moved {
     Nothing,
     /// Nothing now, because the system lacks memory. No event reports available memory, so
     /// the caller must retry.
-    Later,
+    Retry,
     /// Permanently nothing: the end of the stream, or a peer that does not read.
-    Over,
+    Ended,
     /// Permanently nothing in both directions: the socket is broken.
     Broken,
 }
@@ -87,7 +87,7 @@ impl HostSocket {
     pub(crate) fn read(&self, memory: &GuestMemory, spans: &[Span], room: u32) -> (Moved, bool) {
         loop {
             let moved = match iov::receive(memory, spans, self.fd.as_fd()) {
-                Ok(received) if received.len == 0 => Moved::Over,
+                Ok(received) if received.len == 0 => Moved::Ended,
                 Ok(received) => {
                     // At most the length of the spans, which is less than a u32.
                     let len = u32::try_from(received.len).unwrap_or(0);
@@ -99,7 +99,7 @@ impl HostSocket {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => Moved::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if lacks_memory(Errno::from_io_error(&error)) => Moved::Later,
+                Err(error) if lacks_memory(Errno::from_io_error(&error)) => Moved::Retry,
                 // Permanent (ECONNRESET and others).
                 Err(_) => Moved::Broken,
             };
@@ -112,11 +112,11 @@ impl HostSocket {
         loop {
             match rustix::net::recv(&self.fd, &mut *room, RecvFlags::TRUNC) {
                 // The end, or a message without bytes.
-                Ok((_, 0)) if self.has(PollFlags::RDHUP | PollFlags::HUP) => return Moved::Over,
+                Ok((_, 0)) if self.has(PollFlags::RDHUP | PollFlags::HUP) => return Moved::Ended,
                 Ok((_, len)) => return Moved::Bytes(u32::try_from(len).unwrap_or(u32::MAX)),
                 Err(Errno::AGAIN) => return Moved::Nothing,
                 Err(Errno::INTR) => {}
-                Err(error) if lacks_memory(Some(error)) => return Moved::Later,
+                Err(error) if lacks_memory(Some(error)) => return Moved::Retry,
                 Err(_) => return Moved::Broken,
             }
         }
@@ -129,7 +129,7 @@ impl HostSocket {
                 Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Moved::Nothing,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if lacks_memory(Errno::from_io_error(&error)) => return Moved::Later,
+                Err(error) if lacks_memory(Errno::from_io_error(&error)) => return Moved::Retry,
                 Err(error) => {
                     return broken(error.raw_os_error() == Some(Errno::MSGSIZE.raw_os_error()));
                 }
@@ -138,14 +138,14 @@ impl HostSocket {
     }
 
     /// Writes stored bytes.
-    pub(crate) fn write_kept(&self, slices: &[io::IoSlice<'_>]) -> Moved {
+    pub(crate) fn write_stored(&self, slices: &[io::IoSlice<'_>]) -> Moved {
         loop {
             let mut control = SendAncillaryBuffer::default();
             match rustix::net::sendmsg(&self.fd, slices, &mut control, SendFlags::NOSIGNAL) {
                 Ok(len) => return Moved::Bytes(u32::try_from(len).unwrap_or(0)),
                 Err(Errno::AGAIN) => return Moved::Nothing,
                 Err(Errno::INTR) => {}
-                Err(error) if lacks_memory(Some(error)) => return Moved::Later,
+                Err(error) if lacks_memory(Some(error)) => return Moved::Retry,
                 Err(error) => return broken(error == Errno::MSGSIZE),
             }
         }
@@ -184,6 +184,6 @@ fn broken(too_large: bool) -> Moved {
     if too_large {
         Moved::Broken
     } else {
-        Moved::Over
+        Moved::Ended
     }
 }

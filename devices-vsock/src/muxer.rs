@@ -122,7 +122,7 @@ impl Muxer {
     ) {
         match command {
             Command::Connect(stream, mut request) => match refusal {
-                Some(error) => request.report.tell(Err(error)),
+                Some(error) => request.report.send(Err(error)),
                 None => self.connect(stream, request, registry),
             },
             Command::Listen {
@@ -148,20 +148,20 @@ impl Muxer {
         mut request: ConnectRequest,
         registry: &mut dyn Registry,
     ) {
-        if !self.has_place() {
-            request.report.tell(Err(ConnectError::Limit));
+        if !self.has_capacity() {
+            request.report.send(Err(ConnectError::Limit));
             return;
         }
         let socket = match HostSocket::new(stream, self.largest_message()) {
             Ok(socket) => socket,
             Err(error) => {
                 tracing::warn!(%error, "a descriptor is no socket that can be connected");
-                request.report.tell(Err(ConnectError::Unusable));
+                request.report.send(Err(ConnectError::Unusable));
                 return;
             }
         };
         let Some((slot, socket)) = self.register(socket, registry) else {
-            request.report.tell(Err(ConnectError::Unusable));
+            request.report.send(Err(ConnectError::Unusable));
             return;
         };
         let key = (request.guest_port, self.free_port(request.guest_port));
@@ -175,7 +175,7 @@ impl Muxer {
     }
 
     /// Returns true if one more connection is possible.
-    fn has_place(&mut self) -> bool {
+    fn has_capacity(&mut self) -> bool {
         if self.in_use() < self.config.max_connections {
             return true;
         }
@@ -228,8 +228,8 @@ impl Muxer {
 
     fn insert(&mut self, slot: u32, connection: Connection) {
         self.by_key.insert(connection.key, slot);
-        if let Some(place) = self.connections.get_mut(slot as usize) {
-            *place = Some(Box::new(connection));
+        if let Some(entry) = self.connections.get_mut(slot as usize) {
+            *entry = Some(Box::new(connection));
         }
         self.mailbox.counters.opened.add(1);
         self.count();
@@ -254,7 +254,7 @@ impl Muxer {
     /// Serves a REQUEST of the guest.
     pub(crate) fn accept(&mut self, header: &Header, registry: &mut dyn Registry) {
         let key = (header.src_port, header.dst_port);
-        match self.ask_acceptor(header, key, registry) {
+        match self.call_acceptor(header, key, registry) {
             Some((slot, connection)) => {
                 self.insert(slot, connection);
                 self.queue(slot);
@@ -263,14 +263,14 @@ impl Muxer {
         }
     }
 
-    fn ask_acceptor(
+    fn call_acceptor(
         &mut self,
         header: &Header,
         key: Key,
         registry: &mut dyn Registry,
     ) -> Option<(u32, Connection)> {
         // Before the acceptor: it may dial.
-        if !self.has_place() {
+        if !self.has_capacity() {
             return None;
         }
         let kind = match header.kind {
@@ -297,7 +297,7 @@ impl Muxer {
         let window = self.window_for(&socket);
         let mut connection = Connection::new(key, socket, Phase::Established, window);
         connection.outgoing.update(header.buf_alloc, header.fwd_cnt);
-        connection.owed.response = true;
+        connection.pending.response = true;
         connection.member = member;
         if let Some(member) = &mut connection.member {
             member.begin();
@@ -340,7 +340,7 @@ impl Muxer {
             return (0, 0);
         };
         let window = connection.incoming.window();
-        if connection.incoming.is_due() && !connection.keeps_messages_apart() {
+        if connection.incoming.is_due() && !connection.is_seqpacket() {
             connection
                 .incoming
                 .grow(self.allowance.more(window, window));
@@ -351,11 +351,11 @@ impl Muxer {
     /// Removes a connection, and closes its socket. A requester that waits for it gets
     /// `outcome`.
     pub(crate) fn remove(&mut self, slot: u32, outcome: ConnectError, registry: &mut dyn Registry) {
-        let place = self.connections.get_mut(slot as usize);
-        let Some(mut connection) = place.and_then(Option::take) else {
+        let entry = self.connections.get_mut(slot as usize);
+        let Some(mut connection) = entry.and_then(Option::take) else {
             return;
         };
-        self.forget_key(&connection, slot);
+        self.remove_key(&connection, slot);
         self.ready.remove(slot);
         for timer in [connection.deadline, connection.retry]
             .into_iter()
@@ -364,14 +364,14 @@ impl Muxer {
             registry.cancel_timer(timer);
         }
         connection.release(&mut self.pool);
-        self.allowance.give_back(connection.incoming.window());
+        self.allowance.release(connection.incoming.window());
         self.free.push(slot);
         self.count();
         connection.report(Err(outcome));
         registry.remove(connection.socket);
     }
 
-    fn forget_key(&mut self, connection: &Connection, slot: u32) {
+    fn remove_key(&mut self, connection: &Connection, slot: u32) {
         if self.by_key.get(&connection.key) == Some(&slot) {
             self.by_key.remove(&connection.key);
         }
@@ -383,7 +383,7 @@ impl Muxer {
             return;
         };
         let known = connection.phase == Phase::Established
-            || connection.phase == Phase::Requested && !connection.owed.request;
+            || connection.phase == Phase::Requested && !connection.pending.request;
         let (key, kind) = (connection.key, connection.socket_type());
         self.remove(slot, outcome, registry);
         if known {
@@ -469,8 +469,8 @@ impl Muxer {
     /// Writes stored bytes to a socket, as far as it accepts them; returns false if the
     /// connection ended thereby.
     pub(crate) fn flush(&mut self, slot: u32, registry: &mut dyn Registry) -> bool {
-        let place = self.connections.get_mut(slot as usize);
-        let Some(connection) = place.and_then(Option::as_deref_mut) else {
+        let entry = self.connections.get_mut(slot as usize);
+        let Some(connection) = entry.and_then(Option::as_deref_mut) else {
             return false;
         };
         if !connection.has_backlog() {
@@ -478,7 +478,7 @@ impl Muxer {
         }
         let sound = connection.flush(&mut self.pool, &self.mailbox.counters);
         if !connection.has_backlog() {
-            let since = connection.kept_since.take();
+            let since = connection.stored_since.take();
             self.mailbox.profiler.end(ProfileStage::GuestToHost, since);
         }
         if !sound {
@@ -495,8 +495,8 @@ impl Muxer {
         outcome: ConnectError,
         registry: &mut dyn Registry,
     ) {
-        let place = self.connections.get_mut(slot as usize);
-        let Some(connection) = place.and_then(Option::as_deref_mut) else {
+        let entry = self.connections.get_mut(slot as usize);
+        let Some(connection) = entry.and_then(Option::as_deref_mut) else {
             return;
         };
         if connection.phase == Phase::Draining {
@@ -507,7 +507,7 @@ impl Muxer {
             return;
         }
         connection.report(Err(outcome));
-        connection.guest_forgets();
+        connection.guest_closed();
         self.by_key.remove(&connection.key);
         self.ready.remove(slot);
         self.settle(slot, registry);

@@ -6,8 +6,8 @@ const NONE: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug)]
 struct Link {
-    before: u32,
-    after: u32,
+    previous: u32,
+    next: u32,
     queued: bool,
 }
 
@@ -43,8 +43,8 @@ impl Ready {
         let needed = slot as usize + 1;
         if self.links.len() < needed {
             let link = Link {
-                before: NONE,
-                after: NONE,
+                previous: NONE,
+                next: NONE,
                 queued: false,
             };
             self.links.resize(needed, link);
@@ -60,10 +60,10 @@ impl Ready {
         }
         let last = std::mem::replace(&mut self.last, slot);
         if let Some(link) = self.link(slot) {
-            (link.before, link.after) = (last, NONE);
+            (link.previous, link.next) = (last, NONE);
         }
         match self.link(last) {
-            Some(link) => link.after = slot,
+            Some(link) => link.next = slot,
             None => self.first = slot,
         }
     }
@@ -75,10 +75,10 @@ impl Ready {
         }
         let first = std::mem::replace(&mut self.first, slot);
         if let Some(link) = self.link(slot) {
-            (link.before, link.after) = (NONE, first);
+            (link.previous, link.next) = (NONE, first);
         }
         match self.link(first) {
-            Some(link) => link.before = slot,
+            Some(link) => link.previous = slot,
             None => self.last = slot,
         }
     }
@@ -98,14 +98,14 @@ impl Ready {
             return;
         };
         link.queued = false;
-        let Link { before, after, .. } = *link;
-        match self.link(before) {
-            Some(link) => link.after = after,
-            None => self.first = after,
+        let Link { previous, next, .. } = *link;
+        match self.link(previous) {
+            Some(link) => link.next = next,
+            None => self.first = next,
         }
-        match self.link(after) {
-            Some(link) => link.before = before,
-            None => self.last = before,
+        match self.link(next) {
+            Some(link) => link.previous = previous,
+            None => self.last = previous,
         }
     }
 }

@@ -277,9 +277,9 @@ impl Guest {
         self.driver.notify(1);
     }
 
-    /// Takes all packets that have arrived, calls `tell` with the ports of each, the
+    /// Takes all packets that have arrived, calls `callback` with the ports of each, the
     /// guest's first, and offers the buffers again with another length. Does not wait.
-    pub fn take_all(&mut self, next: u32, mut tell: impl FnMut((u32, u32))) {
+    pub fn take_all(&mut self, next: u32, mut callback: impl FnMut((u32, u32))) {
         while let Some((head, len)) = self.rx.take_used() {
             let span = self.buffers.remove(&head).unwrap();
             let mut header = [0; HEADER];
@@ -290,7 +290,7 @@ impl Guest {
             self.memory.read_slice(&mut header, span.address).unwrap();
             let packet = Packet::read(&header);
             assert_eq!((packet.src_cid, packet.dst_cid), (HOST, GUEST));
-            tell((packet.dst_port, packet.src_port));
+            callback((packet.dst_port, packet.src_port));
             self.offer_rx(Span { len: next, ..span });
         }
         self.driver.notify(0);
@@ -492,7 +492,7 @@ impl Guest {
     ///
     /// # Panics
     /// If the device grants no more.
-    pub fn give(&mut self, request: &Packet, mut data: &[u8]) {
+    pub fn send_all(&mut self, request: &Packet, mut data: &[u8]) {
         let port = request.src_port;
         let first = u64::from(request.buf_alloc);
         while !data.is_empty() {

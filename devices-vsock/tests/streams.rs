@@ -210,7 +210,7 @@ impl World {
                     stream.to_guest.unwanted = true;
                     stream.to_host.ended = true;
                     let id = stream.guest;
-                    self.guest.forget(id);
+                    self.guest.remove(id);
                 }
             }
         }

@@ -45,11 +45,11 @@ impl Connection {
         if self.phase != Phase::Established {
             return Filled::Nothing;
         }
-        let filled = if self.before_sent < self.before.len() {
+        let filled = if self.prefix_sent < self.prefix.len() {
             self.fill_from_before(memory, spans, room)
         } else if !self.readable || self.read_done {
             Filled::Nothing
-        } else if self.keeps_messages_apart() {
+        } else if self.is_seqpacket() {
             self.fill_from_message(memory, spans, room, scratch)
         } else {
             self.fill_from_stream(memory, spans, room)
@@ -61,18 +61,18 @@ impl Connection {
     }
 
     fn fill_from_before(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
-        let rest = self.before.get(self.before_sent..).unwrap_or_default();
+        let rest = self.prefix.get(self.prefix_sent..).unwrap_or_default();
         let now = rest.get(..room as usize).unwrap_or(rest);
         if !Window::new(spans, 0, room).copy_in(memory, now) {
             return Filled::Unfit;
         }
         // At most `room`.
         let len = u32::try_from(now.len()).unwrap_or(room);
-        self.before_sent += now.len();
-        let ends_message = self.before_sent >= self.before.len();
+        self.prefix_sent += now.len();
+        let ends_message = self.prefix_sent >= self.prefix.len();
         if ends_message {
-            self.before = Vec::new();
-            self.before_sent = 0;
+            self.prefix = Vec::new();
+            self.prefix_sent = 0;
         }
         Filled::Data { len, ends_message }
     }
@@ -88,7 +88,7 @@ impl Connection {
                 Filled::Data { len, ends_message }
             }
             Moved::Nothing => self.nothing_to_read(),
-            Moved::Later => self.read_later(),
+            Moved::Retry => self.read_later(),
             ended => self.end_reading(ended),
         }
     }
@@ -110,11 +110,11 @@ impl Connection {
     /// Handles the end of the host's data.
     fn end_reading(&mut self, how: Moved) -> Filled {
         self.read_done = true;
-        self.owed.ends |= SHUTDOWN_SEND;
+        self.pending.ends |= SHUTDOWN_SEND;
         if how == Moved::Broken {
-            self.owed.ends |= SHUTDOWN_RECEIVE;
+            self.pending.ends |= SHUTDOWN_RECEIVE;
         }
-        self.notice_hang_up();
+        self.handle_hang_up();
         Filled::Nothing
     }
 
@@ -129,22 +129,22 @@ impl Connection {
         if scratch.len() < most as usize {
             scratch.resize(most as usize, 0);
         }
-        let place = scratch.get_mut(..most as usize).unwrap_or_default();
-        let len = match self.socket.read_message(place) {
+        let buffer = scratch.get_mut(..most as usize).unwrap_or_default();
+        let len = match self.socket.read_message(buffer) {
             Moved::Bytes(len) => len,
             Moved::Nothing => return self.nothing_to_read(),
-            Moved::Later => return self.read_later(),
+            Moved::Retry => return self.read_later(),
             ended => return self.end_reading(ended),
         };
         if len > most.min(self.outgoing.window()) {
             return Filled::Unfit;
         }
-        let message = place.get(..len as usize).unwrap_or_default();
+        let message = buffer.get(..len as usize).unwrap_or_default();
         let (now, later) = message.split_at(message.len().min(room as usize));
         if !Window::new(spans, 0, room).copy_in(memory, now) {
             return Filled::Unfit;
         }
-        self.before = later.to_vec();
+        self.prefix = later.to_vec();
         Filled::Data {
             len: len.min(room),
             ends_message: later.is_empty(),
@@ -177,7 +177,7 @@ impl Connection {
             self.forwarded(len);
             return true;
         }
-        if self.keeps_messages_apart() {
+        if self.is_seqpacket() {
             return self.take_message(memory, pool, counters, spans, len, flags);
         }
         while self.backlog.is_empty() && !spans.is_empty() {
@@ -187,11 +187,11 @@ impl Connection {
                     self.forwarded(written);
                 }
                 Moved::Nothing => break,
-                Moved::Later => {
+                Moved::Retry => {
                     self.short_of_memory = true;
                     break;
                 }
-                Moved::Over => {
+                Moved::Ended => {
                     self.refuse(pool, counters);
                     return true;
                 }
@@ -220,8 +220,8 @@ impl Connection {
                     return true;
                 }
                 Moved::Nothing => {}
-                Moved::Later => self.short_of_memory = true,
-                Moved::Over => {
+                Moved::Retry => self.short_of_memory = true,
+                Moved::Ended => {
                     self.refuse(pool, counters);
                     return true;
                 }
@@ -252,13 +252,13 @@ impl Connection {
     #[must_use]
     pub(crate) fn flush(&mut self, pool: &mut Pool, counters: &Counters) -> bool {
         while self.has_backlog() {
-            let moved = if self.keeps_messages_apart() {
+            let moved = if self.is_seqpacket() {
                 self.flush_message(pool)
             } else {
                 let mut slices = [IoSlice::new(&[]); SLICES];
                 let count = self.backlog.slices(pool, u32::MAX, &mut slices);
                 let slices = slices.get(..count).unwrap_or_default();
-                self.socket.write_kept(slices)
+                self.socket.write_stored(slices)
             };
             match moved {
                 Moved::Bytes(written) => {
@@ -267,11 +267,11 @@ impl Connection {
                     self.forwarded(written);
                 }
                 Moved::Nothing => return true,
-                Moved::Later => {
+                Moved::Retry => {
                     self.short_of_memory = true;
                     return true;
                 }
-                Moved::Over => self.refuse(pool, counters),
+                Moved::Ended => self.refuse(pool, counters),
                 Moved::Broken => return false,
             }
         }
@@ -284,8 +284,8 @@ impl Connection {
         let mut slices = [IoSlice::new(&[]); MESSAGE_SLICES];
         let count = self.backlog.slices(pool, len, &mut slices);
         let slices = slices.get(..count).unwrap_or_default();
-        let moved = self.socket.write_kept(slices);
-        if !matches!(moved, Moved::Nothing | Moved::Later) {
+        let moved = self.socket.write_stored(slices);
+        if !matches!(moved, Moved::Nothing | Moved::Retry) {
             self.messages.lens.pop_front();
         }
         moved
@@ -297,10 +297,10 @@ impl Connection {
         self.refuses = true;
         self.backlog.clear(pool);
         self.messages = super::Messages::default();
-        let kept = self.incoming.kept();
-        counters.discarded.add(u64::from(kept));
-        self.forwarded(kept);
-        self.owed.ends |= SHUTDOWN_RECEIVE;
+        let unforwarded = self.incoming.unforwarded();
+        counters.discarded.add(u64::from(unforwarded));
+        self.forwarded(unforwarded);
+        self.pending.ends |= SHUTDOWN_RECEIVE;
         self.delivered();
     }
 
@@ -315,6 +315,6 @@ impl Connection {
 
     fn forwarded(&mut self, len: u32) {
         self.incoming.forward(len);
-        self.owed.credit |= self.incoming.is_due();
+        self.pending.credit |= self.incoming.is_due();
     }
 }

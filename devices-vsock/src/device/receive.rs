@@ -16,7 +16,7 @@ use crate::profile::ProfileStage;
 
 /// Maximum number of buffers that one read fills, without and with other connections that
 /// wait.
-const RUN_ALONE: usize = 32;
+const RUN_UNCONTENDED: usize = 32;
 const RUN_SHARED: usize = 8;
 /// Buffers filled before other handlers have their turn.
 const BUDGET: usize = 256;
@@ -39,13 +39,13 @@ pub(super) struct Receiver {
 
 impl Receiver {
     /// Clears the state after the queues and all connections are gone.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.spare.extend(self.stash.drain(..));
         self.parked.clear();
     }
 
     /// Returns unused buffers to their queue.
-    pub(super) fn give_back(&mut self, queue: &mut Queue) {
+    pub(super) fn return_unused(&mut self, queue: &mut Queue) {
         for chain in self.stash.drain(..) {
             queue.undo_pop();
             self.spare.push(chain);
@@ -205,17 +205,17 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return Ok(0);
         };
-        if connection.owed.request {
+        if connection.pending.request {
             if resetting {
                 self.receiver.parked.push(slot);
                 return Ok(0);
             }
-            if connection.keeps_messages_apart() && !self.seqpacket {
+            if connection.is_seqpacket() && !self.seqpacket {
                 self.muxer.remove(slot, ConnectError::Unsupported, registry);
                 return Ok(0);
             }
         }
-        match connection.next_owed() {
+        match connection.next_pending() {
             Some((op, flags)) => {
                 self.produce_packet(memory, slot, op, flags)?;
                 self.muxer.settle(slot, registry);
@@ -259,7 +259,7 @@ impl Vsock {
     ) -> Result<usize, QueueError> {
         // Other waiting connections get their turn soon.
         let most = match self.muxer.ready.is_empty() {
-            true => RUN_ALONE,
+            true => RUN_UNCONTENDED,
             false => RUN_SHARED,
         };
         let Some(connection) = self.muxer.get(slot) else {
@@ -288,7 +288,7 @@ impl Vsock {
                 let used = self.produce_run(memory, slot, len, ends_message)?;
                 if let Some(connection) = self.muxer.get(slot) {
                     connection.run = match len == offered {
-                        true => (connection.run * 2).min(RUN_ALONE),
+                        true => (connection.run * 2).min(RUN_UNCONTENDED),
                         // As many as recently, so that messages of a constant size arrive
                         // whole.
                         false => (used + 1).max(connection.run - 1),
@@ -337,7 +337,7 @@ impl Vsock {
         while let Some(&room) = self.receiver.rooms.get(used) {
             header.len = left.min(room);
             left -= header.len;
-            if left == 0 && ends_message && connection_keeps(kind) {
+            if left == 0 && ends_message && is_seqpacket_type(kind) {
                 header.flags = END_OF_MESSAGE;
             }
             self.put(memory, &header)?;
@@ -351,6 +351,6 @@ impl Vsock {
 }
 
 /// Returns true if packets of this type mark the ends of messages.
-fn connection_keeps(kind: u16) -> bool {
+fn is_seqpacket_type(kind: u16) -> bool {
     kind == crate::packet::TYPE_SEQPACKET
 }

@@ -15,7 +15,7 @@ pub(super) enum TransportReset {
     /// No reset is pending.
     None,
     /// The event is pending until the driver offers a buffer for it.
-    Owed,
+    Pending,
     /// The event was sent when the driver had offered this number of other buffers. The
     /// driver offers the buffer again once it has handled the event; connections that it
     /// learns of before would end with the others.
@@ -36,7 +36,7 @@ impl Vsock {
             self.reset = TransportReset::None;
             return Ok(());
         };
-        if self.reset == TransportReset::Owed && queue.pop(memory, &mut self.chain)? {
+        if self.reset == TransportReset::Pending && queue.pop(memory, &mut self.chain)? {
             let span = self.chain.writable.first().ok_or(QueueError::Buffer)?;
             if span.len < 4 {
                 return Err(QueueError::Buffer);

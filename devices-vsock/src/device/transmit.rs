@@ -29,7 +29,7 @@ pub(super) struct Gathered {
 
 impl Gathered {
     /// Clears the state after the queue is gone.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.len = 0;
         self.spans.clear();
         self.heads.clear();
@@ -290,11 +290,11 @@ impl Vsock {
                 self.muxer
                     .guest_resets(slot, ConnectError::Refused, registry);
             }
-            (Operation::Response, Phase::Requested) if !connection.owed.request => {
+            (Operation::Response, Phase::Requested) if !connection.pending.request => {
                 connection.phase = Phase::Established;
                 self.mailbox
                     .profiler
-                    .end(ProfileStage::Open, connection.asked.take());
+                    .end(ProfileStage::Open, connection.requested_at.take());
                 if !connection.status_reply {
                     connection.report(Ok(()));
                 }
@@ -309,7 +309,7 @@ impl Vsock {
             }
             (Operation::CreditUpdate, Phase::Established) => self.muxer.queue(slot),
             (Operation::CreditRequest, Phase::Established) => {
-                connection.owed.credit = true;
+                connection.pending.credit = true;
                 self.muxer.queue(slot);
             }
             // A second REQUEST, an unexpected RESPONSE, or early data.
@@ -374,7 +374,7 @@ impl Vsock {
             return;
         }
         if connection.has_backlog() {
-            connection.kept_since = connection.kept_since.or(self.kicked);
+            connection.stored_since = connection.stored_since.or(self.kicked);
             if !connection.watches_writing {
                 self.muxer.watch_writing(slot, registry);
             }

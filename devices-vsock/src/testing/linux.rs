@@ -106,7 +106,7 @@ struct Socket {
     received: VecDeque<Piece>,
     bytes: u32,
     forwarded: u32,
-    told: u32,
+    announced: u32,
     sent: u32,
     host_window: u32,
     host_forwarded: u32,
@@ -490,7 +490,7 @@ impl LinuxGuest {
         let socket = self.socket_mut(id);
         socket.bytes -= done as u32;
         socket.forwarded = socket.forwarded.wrapping_add(done as u32);
-        let unadvertised = socket.forwarded.wrapping_sub(socket.told);
+        let unadvertised = socket.forwarded.wrapping_sub(socket.announced);
         let free = window - unadvertised.min(window);
         if unadvertised > 0 && !socket.reset && (free < PACKET as u32 || socket.bytes == 0) {
             self.control(id, CREDIT_UPDATE, 0);
@@ -520,7 +520,7 @@ impl LinuxGuest {
         // In order.
         let sent = self.outbox.is_empty() && self.transmit(&packet, data);
         if sent {
-            self.socket_mut(id).told = packet.fwd_cnt;
+            self.socket_mut(id).announced = packet.fwd_cnt;
         }
         sent
     }
@@ -538,7 +538,7 @@ impl LinuxGuest {
     fn control(&mut self, id: SocketId, op: u16, flags: u32) {
         if !self.packet(id, op, flags, &[]) {
             let packet = self.prepare(id, op, flags);
-            self.socket_mut(id).told = packet.fwd_cnt;
+            self.socket_mut(id).announced = packet.fwd_cnt;
             self.outbox.push_back(packet);
         }
     }
@@ -557,7 +557,7 @@ impl LinuxGuest {
     ///
     /// # Panics
     /// If it does not exist.
-    pub fn forget(&mut self, id: SocketId) {
+    pub fn remove(&mut self, id: SocketId) {
         if !self.socket(id).reset {
             self.control(id, RST, 0);
         }
