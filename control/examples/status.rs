@@ -18,12 +18,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         [_, "resume"] => ControlCall::Resume,
         _ => return Err("usage: status SOCKET [pause|resume]".into()),
     };
-    println!("{}", ask(Path::new(arguments[0]), &call)?);
+    println!("{}", query(Path::new(arguments[0]), &call)?);
     Ok(())
 }
 
 /// Makes one call and says what was answered.
-fn ask(socket: &Path, call: &ControlCall) -> Result<String, Box<dyn Error>> {
+fn query(socket: &Path, call: &ControlCall) -> Result<String, Box<dyn Error>> {
     // The second argument is a name for messages.
     let endpoint = Endpoint::new(socket.to_owned(), socket.display().to_string());
     let mut control = match Control::connect(&endpoint) {
@@ -52,13 +52,13 @@ mod tests {
     use sm_control::launch::{ControlAnswer, ControlCall, Stage, Status};
     use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
-    use super::ask;
+    use super::query;
 
     #[test]
     fn a_vm_is_asked_for_its_status() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("control.sock");
-        let absent = ask(&socket, &ControlCall::Status).unwrap();
+        let absent = query(&socket, &ControlCall::Status).unwrap();
         assert!(absent.ends_with("no VM is running"), "{absent}");
 
         // Stands for the VM's process.
@@ -88,7 +88,7 @@ mod tests {
             client.write_all(&bytes).unwrap();
             call
         });
-        let answer = ask(&socket, &ControlCall::Status).unwrap();
+        let answer = query(&socket, &ControlCall::Status).unwrap();
         assert_eq!(answer, "Running, paused, process 42, 3 clients");
         assert_eq!(process.join().unwrap(), ControlCall::Status);
     }

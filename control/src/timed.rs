@@ -68,7 +68,7 @@ pub struct Until<'a> {
 }
 
 impl Until<'_> {
-    fn left(&self) -> io::Result<Option<Duration>> {
+    fn time_left(&self) -> io::Result<Option<Duration>> {
         self.deadline.map(remaining).transpose()
     }
 }
@@ -84,14 +84,14 @@ pub fn timed_out(error: io::Error) -> io::Error {
 
 impl Read for Until<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.set_read_timeout(self.time_left()?)?;
         self.stream.read(buffer).map_err(timed_out)
     }
 }
 
 impl Write for Until<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.set_write_timeout(self.time_left()?)?;
         self.stream.write(bytes).map_err(timed_out)
     }
 

@@ -217,7 +217,7 @@ impl Publication {
             },
             None => (word, None),
         };
-        let host = HostEnd::Handoff(place(word, path)?);
+        let host = HostEnd::Handoff(absolute_path(word, path)?);
         Ok(Self { host, guest })
     }
 
@@ -226,7 +226,7 @@ impl Publication {
     /// # Errors
     /// The path is empty, or cannot be made absolute.
     pub fn hybrid(path: &str) -> Result<Self, PublishError> {
-        let host = HostEnd::Hybrid(place(path, path)?);
+        let host = HostEnd::Hybrid(absolute_path(path, path)?);
         Ok(Self { host, guest: None })
     }
 
@@ -251,7 +251,7 @@ impl Publication {
         let (path, guest) = word
             .rsplit_once(':')
             .ok_or_else(|| bad("write PATH:GUEST"))?;
-        let path = place(word, path)?;
+        let path = absolute_path(word, path)?;
         match guest.parse::<NonZeroU16>() {
             Ok(guest) => Ok(Self {
                 host: HostEnd::Unix(path),
@@ -263,7 +263,7 @@ impl Publication {
 }
 
 /// Makes the path of a socket absolute, because the VMM runs in another directory.
-fn place(word: &str, path: &str) -> Result<PathBuf, PublishError> {
+fn absolute_path(word: &str, path: &str) -> Result<PathBuf, PublishError> {
     let bad = |reason| PublishError {
         word: word.to_owned(),
         reason,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{HostEnd, Publication, PublishError, place};
+use super::{HostEnd, Publication, PublishError, absolute_path};
 
 /// A TLS listener on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,8 +51,8 @@ pub(super) fn parse(word: &str) -> Result<Publication, PublishError> {
             .filter(|(_, value)| !value.is_empty())
             .ok_or_else(|| bad("an option must have the form OPTION=VALUE"))?;
         match option {
-            "cert" => end.certificate = Some(place(word, value)?),
-            "key" => end.key = Some(place(word, value)?),
+            "cert" => end.certificate = Some(absolute_path(word, value)?),
+            "key" => end.key = Some(absolute_path(word, value)?),
             "name" => end.names.push(value.to_owned()),
             "alpn" if value.len() < 256 => end.protocols.push(value.to_owned()),
             "sni" => {
