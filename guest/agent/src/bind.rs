@@ -27,7 +27,7 @@ const MAX_LINKS: u32 = 40;
 /// Flags to truncate and write the file that was found.
 const REWRITE: OFlags = OFlags::WRONLY.union(OFlags::TRUNC).union(OFlags::CLOEXEC);
 
-const FIND: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+const PATH_FLAGS: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Mounts the file `source` over `path` below `root`. The target of a link is not used if
 /// it is one of the files `taken`.
@@ -35,13 +35,13 @@ const FIND: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC)
 /// # Errors
 /// [`is_nowhere`] is true for the error if the image has no directory that can contain
 /// `path`.
-pub(crate) fn over(
+pub(crate) fn mount_over(
     root: &OwnedFd,
     path: &Path,
     source: &Path,
     taken: &[PathBuf],
 ) -> io::Result<()> {
-    let target = place(root, path, taken)?;
+    let target = resolve_target(root, path, taken)?;
     mount_bind(source, descriptor_path(&target.fd))?;
     Ok(())
 }
@@ -52,7 +52,7 @@ pub(crate) fn over(
 /// # Errors
 /// As [`over`].
 pub(crate) fn empty(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<PathBuf> {
-    let target = place(root, path, taken)?;
+    let target = resolve_target(root, path, taken)?;
     open(descriptor_path(&target.fd), REWRITE, Mode::empty())?;
     Ok(target.path)
 }
@@ -66,7 +66,7 @@ pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
 }
 
 /// Finds or creates the file that is used for `path`.
-fn place(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
+fn resolve_target(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
@@ -142,7 +142,7 @@ fn find(root: &OwnedFd, path: &Path) -> Result<OwnedFd, Errno> {
         path
     };
     // NO_SYMLINKS permits a link as the last component with O_PATH and O_NOFOLLOW.
-    openat2(root, path, FIND, Mode::empty(), resolve)
+    openat2(root, path, PATH_FLAGS, Mode::empty(), resolve)
 }
 
 /// Resolves all links in `path`, starting at the directory `from`. Components that do not
@@ -195,13 +195,13 @@ fn is_link(fd: &OwnedFd) -> io::Result<bool> {
 /// Opens the directory `path`, which contains no links, and creates missing components.
 fn make_directories(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     let mut fd = find(root, Path::new(""))?;
-    let mut made = PathBuf::new();
+    let mut prefix = PathBuf::new();
     for component in path.components() {
-        made.push(component);
-        fd = match find(root, &made) {
+        prefix.push(component);
+        fd = match find(root, &prefix) {
             Err(Errno::NOENT) => {
                 mkdirat(&fd, component.as_os_str(), Mode::from_raw_mode(0o755))?;
-                find(root, &made)?
+                find(root, &prefix)?
             }
             other => other?,
         };

@@ -87,7 +87,7 @@ impl Cgroup {
     }
 
     /// Stores the group's path, read from `pid`, which was started in it.
-    pub(crate) fn learn_path(&mut self, pid: Pid) -> io::Result<()> {
+    pub(crate) fn read_path(&mut self, pid: Pid) -> io::Result<()> {
         self.name = Some(path_of(pid)?);
         Ok(())
     }

@@ -36,19 +36,19 @@ const UUID: &str = "proc/sys/kernel/random/uuid";
 pub(crate) enum IdentityError {
     #[error("{0} is malformed")]
     Malformed(&'static str),
-    #[error("{what}: {cause}")]
+    #[error("{operation}: {cause}")]
     Step {
-        what: &'static str,
+        operation: &'static str,
         cause: io::Error,
     },
 }
 
 fn step<T>(
-    what: &'static str,
+    operation: &'static str,
     result: Result<T, impl Into<io::Error>>,
 ) -> Result<T, IdentityError> {
     result.map_err(|cause| IdentityError::Step {
-        what,
+        operation,
         cause: cause.into(),
     })
 }

@@ -58,14 +58,14 @@ pub(crate) fn to_stderr(text: &str) {
 }
 
 /// Logs a failure that the agent tolerates.
-pub(crate) fn error(what: &str, error: impl std::fmt::Display) {
-    line(3, &format!("{what}: {error}"));
+pub(crate) fn error(operation: &str, error: impl std::fmt::Display) {
+    line(3, &format!("{operation}: {error}"));
 }
 
 /// Logs the failure of an optional step.
-pub(crate) fn note_failure<T, E: std::fmt::Display>(what: &str, result: Result<T, E>) {
+pub(crate) fn note_failure<T, E: std::fmt::Display>(operation: &str, result: Result<T, E>) {
     if let Err(cause) = result {
-        error(what, cause);
+        error(operation, cause);
     }
 }
 

@@ -63,20 +63,20 @@ const EPOCH_NAME: &str = "sm-epoch";
 
 /// Failure of a step.
 #[derive(Debug, Error)]
-#[error("{what}: {cause}")]
+#[error("{operation}: {cause}")]
 pub(crate) struct RootError {
-    what: String,
+    operation: String,
     cause: io::Error,
 }
 
 trait Context<T> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, RootError>;
+    fn context(self, operation: impl FnOnce() -> String) -> Result<T, RootError>;
 }
 
 impl<T, E: Into<io::Error>> Context<T> for Result<T, E> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, RootError> {
+    fn context(self, operation: impl FnOnce() -> String) -> Result<T, RootError> {
         self.map_err(|cause| RootError {
-            what: what(),
+            operation: operation(),
             cause: cause.into(),
         })
     }
@@ -135,7 +135,7 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
         tree.mount_machine_id(directory, &taken)?;
         None
     } else {
-        tree.own_machine_id(&upper, &taken)?
+        tree.bind_machine_id(&upper, &taken)?
     };
     let (path, machine_id) = machine_id.unzip();
     taken.extend(path);
@@ -143,8 +143,8 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
     let resolv_conf = Path::new(RESOLV_CONF);
     if !resolved && !bind::is_file(&tree.fd, resolv_conf) {
         // Programs expect the file to exist and to be writable.
-        let made = bind::empty(&tree.fd, resolv_conf, &taken);
-        crate::log::note_failure(RESOLV_CONF, made);
+        let mounted = bind::empty(&tree.fd, resolv_conf, &taken);
+        crate::log::note_failure(RESOLV_CONF, mounted);
     }
     let mounted = run.and_then(|run| tree.mount_epoch(directory, &run, plan.read_only));
     crate::log::note_failure(EPOCH, mounted);
@@ -322,7 +322,8 @@ impl Tree {
     /// Mounts files of the agent's `directory` over the root's, but not over `taken`.
     fn mount_files(&self, directory: &Path, files: &[(&str, &str)], taken: &[PathBuf]) {
         for (name, target) in files {
-            let mounted = bind::over(&self.fd, Path::new(target), &directory.join(name), taken);
+            let mounted =
+                bind::mount_over(&self.fd, Path::new(target), &directory.join(name), taken);
             crate::log::note_failure(target, mounted);
         }
     }
@@ -330,7 +331,7 @@ impl Tree {
     /// Mounts the agent's machine ID over that of a root that is not writable.
     fn mount_machine_id(&self, directory: &Path, taken: &[PathBuf]) -> Result<(), RootError> {
         let source = directory.join(MACHINE_ID_FILE);
-        let mounted = bind::over(&self.fd, Path::new(MACHINE_ID), &source, taken);
+        let mounted = bind::mount_over(&self.fd, Path::new(MACHINE_ID), &source, taken);
         unless_nowhere(mounted)?;
         Ok(())
     }
@@ -343,13 +344,13 @@ impl Tree {
     /// all clones would share the committed ID (systemd-machine-id-commit.service(8)). A
     /// workload that replaces the file has an ID of its own from then on, which its
     /// clones share.
-    fn own_machine_id(
+    fn bind_machine_id(
         &self,
         upper: &Path,
         taken: &[PathBuf],
     ) -> Result<Option<(PathBuf, OwnedFd)>, RootError> {
-        let made = bind::empty(&self.fd, Path::new(MACHINE_ID), taken);
-        let Some(path) = unless_nowhere(made)? else {
+        let mounted = bind::empty(&self.fd, Path::new(MACHINE_ID), taken);
+        let Some(path) = unless_nowhere(mounted)? else {
             return Ok(None);
         };
         // The descriptor is opened in the file system for changes, which contains the
@@ -370,14 +371,14 @@ impl Tree {
     fn mount_epoch(&self, directory: &Path, run: &Place, read_only: bool) -> io::Result<()> {
         let source = directory.join(EPOCH_FILE);
         if read_only || run.path.as_os_str().is_empty() {
-            return bind::over(&run.fd, Path::new(EPOCH_NAME), &source, &[]);
+            return bind::mount_over(&run.fd, Path::new(EPOCH_NAME), &source, &[]);
         }
         let path = descriptor_path(&run.fd);
         mount_bind_recursive(&path, &path)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let run = openat2(&self.fd, &run.path, flags, Mode::empty(), resolve)?;
-        bind::over(&run, Path::new(EPOCH_NAME), &source, &[])
+        bind::mount_over(&run, Path::new(EPOCH_NAME), &source, &[])
     }
 
     /// Mounts `source` over the kernel's boot ID, which clones share.

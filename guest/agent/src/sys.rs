@@ -243,7 +243,7 @@ fn close_range(first: u32, last: u32) {
 }
 
 /// Duplicates `fd` to the descriptor `number`, which stays open across exec.
-pub(crate) fn place(fd: BorrowedFd<'_>, number: c_int) -> io::Result<()> {
+pub(crate) fn dup_to(fd: BorrowedFd<'_>, number: c_int) -> io::Result<()> {
     if fd.as_raw_fd() == number {
         // SAFETY: plain fcntl on a live descriptor.
         return check(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }).map(drop);

@@ -104,7 +104,7 @@ impl Workload {
     }
 
     /// Removes the reference to the main command's session, which has ended.
-    pub(crate) fn forget_main(&mut self) {
+    pub(crate) fn clear_main(&mut self) {
         self.main = None;
     }
 
@@ -132,7 +132,7 @@ impl Workload {
     // ---- attaching ----
 
     /// Forks init, which starts to assemble the root.
-    pub(crate) fn begin_attach(
+    pub(crate) fn start_attach(
         &mut self,
         plan: &AttachRoot,
         cgroup: BorrowedFd<'_>,
@@ -406,7 +406,7 @@ mod tests {
         };
         for (refused, errno) in [(1, libc::ENOMEM), (0, libc::EBADF)] {
             refusal::begin(refused);
-            let failed = workload.begin_attach(&plan, cgroup.as_fd(), &reactor);
+            let failed = workload.start_attach(&plan, cgroup.as_fd(), &reactor);
             assert_eq!(failed.unwrap_err().raw_os_error(), Some(errno));
             // It can be tried again.
             assert!(!workload.exists() && workload.init().is_none());

@@ -66,7 +66,7 @@ impl Agent {
             self.sessions.remove(key);
             self.resume_accepting();
             if self.workload.main() == Some(key) {
-                self.workload.forget_main();
+                self.workload.clear_main();
             }
             if self.power.is_some() {
                 self.check_power();

@@ -89,7 +89,7 @@ impl PowerOff {
 
 impl Agent {
     /// Starts the power-off: SIGTERM for every process, SIGKILL after `grace`.
-    pub(crate) fn begin_power_off(&mut self, key: Key, grace: Duration) {
+    pub(crate) fn start_power_off(&mut self, key: Key, grace: Duration) {
         self.power = Some(PowerOff {
             key,
             stage: Stage::Terminating,
@@ -164,7 +164,7 @@ impl Agent {
             && !self
                 .sessions
                 .iter_mut()
-                .any(|(_, session)| session.owes_client())
+                .any(|(_, session)| session.has_pending_frames())
         {
             self.send_answer();
         }
@@ -248,7 +248,7 @@ mod tests {
         let (key, mut host) = fixture.host();
         let (other, beside) = fixture.host();
         let agent = &mut fixture.agent;
-        agent.begin_power_off(key, HOUR);
+        agent.start_power_off(key, HOUR);
         assert_eq!(host.reply(), ControlReply::Done);
         drop(host);
         let close = |agent: &mut Agent, key| {
@@ -267,7 +267,7 @@ mod tests {
         let (mut fixture, _client) = busy();
         let (key, mut host) = fixture.host();
         let agent = &mut fixture.agent;
-        agent.begin_power_off(key, HOUR);
+        agent.start_power_off(key, HOUR);
         for which in [part::GRACE, part::KILL] {
             assert_eq!(agent.stage(), Stage::Terminating);
             agent.power_deadline(which);
@@ -286,7 +286,7 @@ mod tests {
         let (late, _third) = fixture.host();
         let agent = &mut fixture.agent;
         agent.freezing = Some(agent.await_workload(crate::part::FREEZE, freezing, HOUR));
-        agent.begin_power_off(ending, HOUR);
+        agent.start_power_off(ending, HOUR);
         let refused = |reply| match reply {
             ControlReply::Error { message } => message.contains("powering off"),
             _ => false,

@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 impl Agent {
     /// Starts to write data back in a child process, because it may block on a device
     /// while this process must serve others.
-    pub(crate) fn begin_prepare(&mut self, key: Key) -> io::Result<()> {
+    pub(crate) fn start_prepare(&mut self, key: Key) -> io::Result<()> {
         match workload::fork_agent(0, None)? {
             Fork::Child => {
                 // The child must not hold open connections that the parent closes.

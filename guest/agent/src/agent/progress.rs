@@ -36,8 +36,8 @@ impl Agent {
             Attached::Pending => return,
             Attached::Done(machine_id) => {
                 if let Some(init) = self.workload.init() {
-                    let learnt = self.cgroup.learn_path(init);
-                    log::note_failure("find the workload's cgroup", learnt);
+                    let read = self.cgroup.read_path(init);
+                    log::note_failure("find the workload's cgroup", read);
                 }
                 match self.identity.attached(machine_id) {
                     Ok(()) => ControlReply::Done,
@@ -88,7 +88,7 @@ impl Agent {
     }
 
     /// Starts to freeze; the answer is sent once every process is frozen.
-    pub(crate) fn begin_freeze(&mut self, key: Key) -> io::Result<()> {
+    pub(crate) fn start_freeze(&mut self, key: Key) -> io::Result<()> {
         self.cgroup.freeze(true)?;
         self.freezing = Some(self.await_workload(part::FREEZE, key, FREEZE_DEADLINE));
         Ok(())

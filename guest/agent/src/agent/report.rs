@@ -28,7 +28,7 @@ const MAX_REPORT: u64 = 16 << 10;
 impl Agent {
     /// Starts to read, in a child outside the workload's cgroup, because reports are also
     /// requested while the workload is frozen.
-    pub(crate) fn begin_report(&mut self, key: Key) -> io::Result<()> {
+    pub(crate) fn start_report(&mut self, key: Key) -> io::Result<()> {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::memfd_create("report", flags)?);
         match workload::fork_agent(0, None)? {

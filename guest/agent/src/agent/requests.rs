@@ -22,10 +22,10 @@ pub(super) fn failed(message: impl std::fmt::Display) -> ControlReply {
     }
 }
 
-fn done_or(what: &str, result: std::io::Result<()>) -> ControlReply {
+fn done_or(operation: &str, result: std::io::Result<()>) -> ControlReply {
     match result {
         Ok(()) => ControlReply::Done,
-        Err(error) => failed(format_args!("{what}: {error}")),
+        Err(error) => failed(format_args!("{operation}: {error}")),
     }
 }
 
@@ -43,7 +43,7 @@ impl Agent {
             ControlRequest::SignalMain { signal, stop } => self.signal_main(signal, stop),
             ControlRequest::PowerOff { .. } if self.power.is_some() => failed(POWERING_OFF),
             ControlRequest::PowerOff { grace_ms } => {
-                self.begin_power_off(key, Duration::from_millis(grace_ms));
+                self.start_power_off(key, Duration::from_millis(grace_ms));
                 return None;
             }
             ControlRequest::Stats => ControlReply::Stats(self.stats()),
@@ -59,8 +59,8 @@ impl Agent {
         self.cgroup.reset_counts();
         self.exec_oom_kills = 0;
         self.check_vmgenid();
-        let wanted = refresh.vmgenid_wait_ms > 0 && self.kernel_log.is_some();
-        if !self.vmgenid_seen && wanted && self.refreshing.is_none() {
+        let waits = refresh.vmgenid_wait_ms > 0 && self.kernel_log.is_some();
+        if !self.vmgenid_seen && waits && self.refreshing.is_none() {
             let wait = Duration::from_millis(u64::from(refresh.vmgenid_wait_ms.min(60_000)));
             self.wait_for_vmgenid(key, wait);
             return None;
@@ -88,7 +88,7 @@ impl Agent {
         }
         self.cgroup.offer_controllers();
         let cgroup = self.cgroup.directory();
-        if let Err(error) = self.workload.begin_attach(plan, cgroup, &self.reactor) {
+        if let Err(error) = self.workload.start_attach(plan, cgroup, &self.reactor) {
             return Some(failed(format_args!("start the workload's init: {error}")));
         }
         self.await_root(key);
@@ -103,7 +103,7 @@ impl Agent {
         if self.freezing.is_some() {
             return Some(failed("the workload is already being stopped"));
         }
-        if let Err(error) = self.begin_freeze(key) {
+        if let Err(error) = self.start_freeze(key) {
             return Some(failed(format_args!("freeze the workload: {error}")));
         }
         match self.cgroup.events(&self.reactor) {
@@ -120,8 +120,8 @@ impl Agent {
         if self.preparing.is_some() {
             return Some(failed("data is already being written back"));
         }
-        let begun = self.begin_prepare(key);
-        begun
+        let started = self.start_prepare(key);
+        started
             .err()
             .map(|error| failed(format_args!("write data back: {error}")))
     }
@@ -130,8 +130,8 @@ impl Agent {
         if self.reporting.is_some() {
             return Some(failed("the workload's files are already being read"));
         }
-        let begun = self.begin_report(key);
-        begun
+        let started = self.start_report(key);
+        started
             .err()
             .map(|error| failed(format_args!("read the workload's files: {error}")))
     }

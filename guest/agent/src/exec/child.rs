@@ -162,8 +162,8 @@ fn wait_forwarding(signals: BorrowedFd<'_>, child: Pid) -> u32 {
     const ENDING: [libc::c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
     let mut asked_to_end = 0;
     loop {
-        let mut wanted = [PollFd::from_borrowed_fd(signals, PollFlags::IN)];
-        let _ = poll(&mut wanted, None);
+        let mut watched = [PollFd::from_borrowed_fd(signals, PollFlags::IN)];
+        let _ = poll(&mut watched, None);
         while let Some(signal) = sys::next_signal(signals) {
             if signal != libc::SIGCHLD {
                 let _ = sys::kill(child, u8::try_from(signal).unwrap_or(0));
@@ -237,7 +237,7 @@ fn attach_stdio(ends: &ChildEnds, account: &Account) -> io::Result<()> {
     match ends {
         ChildEnds::Pipes(fds) => {
             for (fd, number) in fds.iter().zip(0..) {
-                sys::place(fd.as_fd(), number)?;
+                sys::dup_to(fd.as_fd(), number)?;
                 // The user can then reopen /dev/stdout. /dev/null keeps its owner.
                 if rustix::fs::fstat(fd)?.st_mode & libc::S_IFMT == libc::S_IFIFO {
                     fchown(fd, owner, None)?;
@@ -254,7 +254,7 @@ fn attach_stdio(ends: &ChildEnds, account: &Account) -> io::Result<()> {
             rustix::process::ioctl_tiocsctty(&slave)?;
             fchown(&slave, owner, None)?;
             for number in 0..3 {
-                sys::place(slave.as_fd(), number)?;
+                sys::dup_to(slave.as_fd(), number)?;
             }
         }
     }
@@ -303,8 +303,8 @@ fn enter_directory(request: &ExecRequest, account: &Account) -> Result<(), Launc
         )));
     }
     if request.role == Role::Main && !Path::new(cwd).exists() {
-        let made = DirBuilder::new().recursive(true).mode(0o755).create(cwd);
-        if made.is_ok() {
+        let created = DirBuilder::new().recursive(true).mode(0o755).create(cwd);
+        if created.is_ok() {
             let _ = chown(cwd, Some(account.uid), Some(account.gid));
         }
     }

@@ -85,7 +85,7 @@ enum Phase {
 struct Output {
     fd: Watched,
     /// Number of bytes still to forward, once the command has exited.
-    left: Option<u64>,
+    remaining: Option<u64>,
 }
 
 /// A command and, usually, its client.
@@ -137,7 +137,7 @@ impl Session {
     }
 
     /// Returns true if this session may still send frames to its client.
-    pub(crate) fn owes_client(&self) -> bool {
+    pub(crate) fn has_pending_frames(&self) -> bool {
         self.client.is_some() && self.phase != Phase::Hello && self.phase != Phase::Request
     }
 
@@ -159,7 +159,7 @@ impl Session {
         self.stdin = Input::new(ends.stdin);
         let output = |fd| Output {
             fd: Watched::new(fd),
-            left: None,
+            remaining: None,
         };
         self.outputs = [Some(output(ends.stdout)), ends.stderr.map(output)];
     }
@@ -229,7 +229,7 @@ impl Session {
         }
     }
 
-    fn lose_client(&mut self, reactor: &Reactor, key: Key) {
+    fn drop_client(&mut self, reactor: &Reactor, key: Key) {
         self.detach();
         if self.role == Role::Main && self.phase != Phase::Closing {
             return;
@@ -258,7 +258,7 @@ impl Session {
             Filled::Nothing => return Ask::Nothing,
             Filled::Some => {}
             Filled::Closed => {
-                self.lose_client(reactor, key);
+                self.drop_client(reactor, key);
                 return Ask::Nothing;
             }
         }
@@ -400,22 +400,22 @@ impl Session {
             return false;
         }
         let mut room = BULK_PAYLOAD;
-        if let Some(left) = output.left {
-            room = usize::try_from(left).map_or(room, |left| left.min(room));
+        if let Some(remaining) = output.remaining {
+            room = usize::try_from(remaining).map_or(room, |remaining| remaining.min(room));
         }
         let end = scratch.len().min(HEADER_LEN + room);
         let target = scratch.get_mut(HEADER_LEN..end).unwrap_or_default();
         match rustix::io::read(&output.fd, target) {
             Ok(count) if count > 0 => {
-                if let Some(left) = &mut output.left {
-                    *left = left.saturating_sub(u64::try_from(count).unwrap_or(u64::MAX));
+                if let Some(remaining) = &mut output.remaining {
+                    *remaining = remaining.saturating_sub(u64::try_from(count).unwrap_or(u64::MAX));
                 }
                 let kind = [FrameType::Stdout, FrameType::Stderr][index & 1];
                 client.send_bulk(kind, scratch, count);
                 return true;
             }
             Err(Errno::INTR) => return true,
-            Err(Errno::AGAIN) if output.left.is_none() => return false,
+            Err(Errno::AGAIN) if output.remaining.is_none() => return false,
             // End of file, a hung-up terminal (EIO), or no more output after the exit.
             Ok(_) | Err(_) => {}
         }
@@ -459,7 +459,7 @@ impl Session {
             // A pipe contains everything that the command wrote. Bytes of a terminal may
             // not have arrived at the read side yet, so it is read until it is empty.
             let queued = rustix::io::ioctl_fionread(&output.fd).unwrap_or(0);
-            output.left = Some(if tty { TERMINAL_TAIL } else { queued });
+            output.remaining = Some(if tty { TERMINAL_TAIL } else { queued });
         }
         self.stdin.close();
         self.timeout = None;
@@ -520,7 +520,7 @@ impl Session {
     /// Advances everything that needs no new events, and updates the watched events.
     pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> Ask {
         if self.client.as_ref().is_some_and(Framed::is_broken) {
-            self.lose_client(reactor, key);
+            self.drop_client(reactor, key);
         }
         if let Some(exit) = self.exit
             && self.phase == Phase::Running
@@ -536,7 +536,7 @@ impl Session {
         if self.watch(reactor, key).is_err() {
             // Out of memory or epoll watches: this command cannot be served, and without
             // a process nothing settles its session again.
-            self.lose_client(reactor, key);
+            self.drop_client(reactor, key);
             if self.is_finished() {
                 return Ask::Finished;
             }

@@ -48,7 +48,7 @@ struct Pump {
 enum Phase {
     Header {
         bytes: [u8; HEADER_LEN],
-        got: usize,
+        received: usize,
     },
     /// Connecting to the given address family, or waiting for another attempt.
     Connecting {
@@ -57,7 +57,7 @@ enum Phase {
     Open,
     /// The status of a failure is yet to be sent.
     Refused,
-    Over,
+    Closed,
 }
 
 /// A forwarded connection; see the module documentation.
@@ -78,7 +78,7 @@ pub(super) struct Connection {
 }
 
 impl Pump {
-    fn wants_input(&self) -> bool {
+    fn accepts_input(&self) -> bool {
         !self.at_end && !self.done && self.pending.is_empty()
     }
 
@@ -98,7 +98,7 @@ impl Pump {
     ) -> Result<(), Errno> {
         self.flush(to);
         for _ in 0..ROUNDS {
-            if !self.wants_input() {
+            if !self.accepts_input() {
                 break;
             }
             let count = match recv(from, &mut *scratch, RecvFlags::DONTWAIT) {
@@ -155,7 +155,7 @@ impl Connection {
             tcp: None,
             phase: Phase::Header {
                 bytes: [0; HEADER_LEN],
-                got: 0,
+                received: 0,
             },
             port: 0,
             deadline: Instant::now(),
@@ -187,9 +187,9 @@ impl Connection {
             Phase::Connecting { .. } => {
                 // Until the connection is open, only the end of the host's side is
                 // relevant. Data that it sent ahead stays in the socket.
-                let gone = ready.closed || ready.error;
-                if gone || is_closed(self.host.as_fd()) {
-                    self.phase = Phase::Over;
+                let closed = ready.closed || ready.error;
+                if closed || is_closed(self.host.as_fd()) {
+                    self.phase = Phase::Closed;
                 }
             }
             Phase::Open => self.pump(which, ready, scratch),
@@ -197,23 +197,23 @@ impl Connection {
                 self.to_host.flush(self.host.as_fd());
                 self.end_when_flushed();
             }
-            Phase::Over => {}
+            Phase::Closed => {}
         }
     }
 
     fn read_header(&mut self, reactor: &Reactor, key: Key) {
-        let Phase::Header { bytes, got } = &mut self.phase else {
+        let Phase::Header { bytes, received } = &mut self.phase else {
             return;
         };
-        match recv(&self.host, &mut bytes[*got..], RecvFlags::DONTWAIT) {
-            Ok((count, _)) if count > 0 => *got += count,
+        match recv(&self.host, &mut bytes[*received..], RecvFlags::DONTWAIT) {
+            Ok((count, _)) if count > 0 => *received += count,
             Err(Errno::AGAIN | Errno::INTR) => return,
             _ => {
-                self.phase = Phase::Over;
+                self.phase = Phase::Closed;
                 return;
             }
         }
-        if *got < HEADER_LEN {
+        if *received < HEADER_LEN {
             return;
         }
         match ForwardHeader::decode(*bytes) {
@@ -243,7 +243,7 @@ impl Connection {
 
     fn end_when_flushed(&mut self) {
         if !self.to_host.is_blocked() {
-            self.phase = Phase::Over;
+            self.phase = Phase::Closed;
         }
     }
 
@@ -317,7 +317,7 @@ impl Connection {
     fn open(&mut self) {
         self.send_status(ForwardStatus::Connected);
         if self.to_host.done {
-            self.phase = Phase::Over;
+            self.phase = Phase::Closed;
             return;
         }
         if let Some(tcp) = &self.tcp {
@@ -343,7 +343,7 @@ impl Connection {
         let fd = if which == part::HOST { host } else { tcp };
         if source_ended && (ready.closed || ready.error || is_closed(fd)) {
             self.aborted = true;
-            self.phase = Phase::Over;
+            self.phase = Phase::Closed;
             return;
         }
         let outcome = self
@@ -352,7 +352,7 @@ impl Connection {
             .and_then(|()| self.to_host.run(tcp, host, scratch));
         self.aborted = outcome.is_err();
         if self.aborted || (self.to_tcp.done && self.to_host.done) {
-            self.phase = Phase::Over;
+            self.phase = Phase::Closed;
         }
     }
 
@@ -360,7 +360,7 @@ impl Connection {
     pub(super) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         let token = |part| Token::new(Class::Forward, part, key);
         let (host, tcp) = match self.phase {
-            Phase::Over => return false,
+            Phase::Closed => return false,
             Phase::Header { .. } => (Interest::READ, Interest::NONE),
             Phase::Refused => (Interest::WRITE, Interest::NONE),
             Phase::Connecting { .. } => (
@@ -368,8 +368,8 @@ impl Connection {
                 Interest::WRITE,
             ),
             Phase::Open => (
-                wanted(&self.to_tcp, &self.to_host),
-                wanted(&self.to_host, &self.to_tcp),
+                interest(&self.to_tcp, &self.to_host),
+                interest(&self.to_host, &self.to_tcp),
             ),
         };
         self.host.set_starved(self.to_host.starved);
@@ -398,9 +398,9 @@ impl Connection {
 }
 
 /// Returns the events to watch on a socket that `from_it` reads and `into_it` writes.
-fn wanted(from_it: &Pump, into_it: &Pump) -> Interest {
+fn interest(from_it: &Pump, into_it: &Pump) -> Interest {
     let mut want = Interest::NONE;
-    if from_it.wants_input() {
+    if from_it.accepts_input() {
         want = want.and(Interest::READ);
     }
     if into_it.is_blocked() {

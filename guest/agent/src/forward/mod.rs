@@ -78,14 +78,14 @@ mod tests {
         loop {
             each();
             for event in reactor.events() {
-                let over = match event {
+                let closed = match event {
                     Event::Io(token, ready) => forwards.ready(reactor, token, ready, &mut scratch),
                     Event::Timer(token) if token.class == Class::Forward => {
                         forwards.deadline(reactor, token.key)
                     }
                     Event::Timer(_) => panic!("nobody asked for this"),
                 };
-                if over {
+                if closed {
                     return;
                 }
             }

@@ -145,7 +145,7 @@ fn a_session_leaves_nothing_in_the_event_loop() {
         let session = sessions.get_mut(key).unwrap();
         // The client is lost, again and again: there is one time until SIGKILL.
         for _ in 0..3 {
-            session.lose_client(&reactor, key);
+            session.drop_client(&reactor, key);
         }
         assert_eq!(reactor.counts().1, 2);
         sessions.remove(key);
