@@ -397,7 +397,7 @@ fn kind_of_snapshot(error: &sm_snapshot::Error) -> ErrorKind {
         | Snapshot::Incompatible { .. }
         | Snapshot::TooDeep { .. }
         | Snapshot::Fragmented { .. } => ErrorKind::Unsupported,
-        Snapshot::GivenUp => ErrorKind::Cancelled,
+        Snapshot::Cancelled => ErrorKind::Cancelled,
         Snapshot::InUse { .. } => ErrorKind::Busy,
         error => kind_of_causes(error),
     }

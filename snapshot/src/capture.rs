@@ -89,13 +89,13 @@ pub struct Captured {
     /// The manifest.
     pub manifest: Manifest,
     /// Prevents removal of the snapshot.
-    pub hold: Hold,
+    pub removal_guard: RemovalGuard,
 }
 
 /// Prevents removal of a snapshot from its publication until the value is dropped; see
 /// [`crate::store::Lease`] for a hold with access to the snapshot.
 #[derive(Debug)]
-pub struct Hold {
+pub struct RemovalGuard {
     _memory: File,
 }
 
@@ -121,7 +121,7 @@ impl Capture {
         memory: &GuestMemoryMmap,
         ancestry: Ancestry<'_>,
     ) -> Result<Self, Error> {
-        Self::begin_unless(store, memory, ancestry, &AtomicBool::new(false))
+        Self::begin_cancellable(store, memory, ancestry, &AtomicBool::new(false))
     }
 
     /// As [`Self::begin`], with cancellation by another thread: setting `cancelled` ends
@@ -129,8 +129,8 @@ impl Capture {
     /// blocks.
     ///
     /// # Errors
-    /// As [`Self::begin`], and [`Error::GivenUp`].
-    pub fn begin_unless(
+    /// As [`Self::begin`], and [`Error::Cancelled`].
+    pub fn begin_cancellable(
         store: &SnapshotStore,
         memory: &GuestMemoryMmap,
         ancestry: Ancestry<'_>,
@@ -209,7 +209,7 @@ impl Capture {
         store.publish(self.draft, name)?;
         Ok(Captured {
             manifest,
-            hold: Hold { _memory: self.file },
+            removal_guard: RemovalGuard { _memory: self.file },
         })
     }
 }

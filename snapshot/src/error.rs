@@ -50,27 +50,27 @@ pub enum Error {
     },
     /// Written by a later version of this software.
     #[error(
-        "snapshot \"{}\" has format {found}, and this version reads up to {supported}: \
+        "snapshot \"{}\" has format {version}, and this version reads up to {supported}: \
          use a newer sm, or make the snapshot again", path.display()
     )]
     Newer {
         /// The snapshot's directory.
         path: PathBuf,
         /// Its format version.
-        found: u32,
+        version: u32,
         /// The highest version this code reads.
         supported: u32,
     },
     /// Written by an earlier version in a format that is no longer supported.
     #[error(
-        "snapshot \"{}\" has format {found}, which this version no longer reads: \
+        "snapshot \"{}\" has format {version}, which this version no longer reads: \
          make the snapshot again", path.display()
     )]
     Older {
         /// The snapshot's directory.
         path: PathBuf,
         /// Its format version.
-        found: u32,
+        version: u32,
     },
     /// The snapshot is intact, but does not match this host, kernel or agent.
     #[error("snapshot \"{name}\" cannot be used here: {reason}")]
@@ -113,7 +113,7 @@ pub enum Error {
     },
     /// The caller cancelled the operation.
     #[error("the creation of the snapshot was cancelled")]
-    GivenUp,
+    Cancelled,
     /// The snapshot is in use.
     #[error("snapshot \"{name}\" is in use by {user}")]
     InUse {

@@ -156,8 +156,8 @@ impl Manifest {
     /// Serialisation to memory fails, which no value of the members causes.
     pub fn encode(&mut self) -> Result<Vec<u8>, serde_json::Error> {
         self.digest = String::new();
-        let bare = self.canonical()?;
-        self.digest = state_file::hex_digest(&bare);
+        let canonical = self.canonical()?;
+        self.digest = state_file::hex_digest(&canonical);
         self.canonical()
     }
 
@@ -179,14 +179,14 @@ impl Manifest {
         if probe.format > FORMAT {
             return Err(Error::Newer {
                 path: path.to_owned(),
-                found: probe.format,
+                version: probe.format,
                 supported: FORMAT,
             });
         }
         if probe.format < OLDEST_FORMAT {
             return Err(Error::Older {
                 path: path.to_owned(),
-                found: probe.format,
+                version: probe.format,
             });
         }
         let manifest: Self = serde_json::from_slice(bytes).map_err(unreadable)?;
@@ -300,7 +300,7 @@ pub(crate) mod tests {
     fn a_newer_format_is_named_even_if_it_has_other_members() {
         let text = br#"{"format": 7, "surprise": true}"#;
         let error = Manifest::decode(Path::new("dir"), text).unwrap_err();
-        assert!(matches!(error, Error::Newer { found: 7, .. }), "{error}");
+        assert!(matches!(error, Error::Newer { version: 7, .. }), "{error}");
     }
 
     proptest! {

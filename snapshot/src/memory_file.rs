@@ -74,7 +74,7 @@ const MOST_GAP: u64 = 64;
 /// function returns early when `cancelled` is set.
 ///
 /// # Errors
-/// The file system is full or fails, a parent cannot be read, or [`Error::GivenUp`].
+/// The file system is full or fails, a parent cannot be read, or [`Error::Cancelled`].
 pub fn write(
     memory: &GuestMemoryMmap,
     runs: &[Run],
@@ -157,7 +157,7 @@ impl Writer<'_> {
         let mut done = 0;
         while done < pages {
             if self.cancelled.load(Ordering::Relaxed) {
-                return Err(Error::GivenUp);
+                return Err(Error::Cancelled);
             }
             let count = step.min(pages - done);
             let len = usize::try_from(count * PAGE).unwrap_or(COPY);
@@ -389,7 +389,7 @@ mod tests {
         let runs = pagemap::private(&memory).unwrap();
         let (path, cancelled) = (Path::new("memory.bin"), AtomicBool::new(true));
         let error = write(&memory, &runs, Base::Nothing, &file, path, &cancelled).unwrap_err();
-        assert!(matches!(error, Error::GivenUp), "{error:?}");
+        assert!(matches!(error, Error::Cancelled), "{error:?}");
     }
 
     #[test]

@@ -152,7 +152,7 @@ impl StateFile {
         if format > FORMAT {
             return Err(Error::Newer {
                 path: path.to_owned(),
-                found: format,
+                version: format,
                 supported: FORMAT,
             });
         }
@@ -296,7 +296,7 @@ mod tests {
         let older = refused(0).unwrap();
         assert!(matches!(older, Error::Damaged { .. }), "{older}");
         let newer = refused(2).unwrap();
-        assert!(matches!(newer, Error::Newer { found: 2, .. }), "{newer}");
+        assert!(matches!(newer, Error::Newer { version: 2, .. }), "{newer}");
     }
 
     #[test]

@@ -83,10 +83,10 @@ impl WorkingSet {
     /// Returns a working set of all pages that the members of `chain` store.
     #[must_use]
     pub fn all(chain: &Chain) -> Self {
-        let held = chain.pieces().iter();
-        let held = held.filter(|piece| matches!(piece.source, Source::Member(_)));
+        let stored = chain.pieces().iter();
+        let stored = stored.filter(|piece| matches!(piece.source, Source::Member(_)));
         Self {
-            runs: held.map(|piece| (piece.first, piece.pages)).collect(),
+            runs: stored.map(|piece| (piece.first, piece.pages)).collect(),
             written: Vec::new(),
         }
     }
@@ -175,7 +175,7 @@ fn is_ascending(runs: &[Run]) -> bool {
 
 /// Maps the pages of `runs` that are in `memory` and returns their number.
 fn populate_all(memory: &MachineMemory, runs: &[Run], how: Advice) -> u64 {
-    let mut asked = 0;
+    let mut requested = 0;
     for region in &memory.regions {
         let base = region.offset / PAGE;
         let end = base + region.len / PAGE;
@@ -189,11 +189,11 @@ fn populate_all(memory: &MachineMemory, runs: &[Run], how: Advice) -> u64 {
                 continue;
             }
             if populate(address.as_ptr(), from - base, to - from, how) {
-                asked += to - from;
+                requested += to - from;
             }
         }
     }
-    asked
+    requested
 }
 
 /// Maps `pages` pages from page `first` of the mapping at `base`, for reading or writing.

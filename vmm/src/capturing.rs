@@ -93,7 +93,7 @@ impl Capturing {
                     return;
                 };
                 let (store, ancestry) = (&plan.store, origin.ancestry());
-                let capture = match Capture::begin_unless(store, &memory, ancestry, &unless) {
+                let capture = match Capture::begin_cancellable(store, &memory, ancestry, &unless) {
                     Ok(capture) => capture,
                     Err(error) => return (callbacks.copied)(Err(with_causes(&error))),
                 };

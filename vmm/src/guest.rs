@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sm_control::launch::{SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
 use sm_snapshot::Error;
-use sm_snapshot::capture::Hold;
+use sm_snapshot::capture::RemovalGuard;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
 
@@ -176,12 +176,15 @@ pub(crate) struct PublishedSnapshot {
 /// An ephemeral snapshot that was not opened is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct SnapshotGuard {
-    removal_guard: Option<Hold>,
+    removal_guard: Option<RemovalGuard>,
     ephemeral: Option<(SnapshotStore, String)>,
 }
 
 impl SnapshotGuard {
-    pub(crate) fn new(removal_guard: Hold, ephemeral: Option<(SnapshotStore, String)>) -> Self {
+    pub(crate) fn new(
+        removal_guard: RemovalGuard,
+        ephemeral: Option<(SnapshotStore, String)>,
+    ) -> Self {
         Self {
             removal_guard: Some(removal_guard),
             ephemeral,

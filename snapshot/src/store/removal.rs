@@ -142,11 +142,11 @@ impl SnapshotStore {
         }
         drop(guard);
         // The snapshots can no longer be opened; remains are swept later.
-        let gone = graves.len();
+        let removed = graves.len();
         for grave in graves {
             let _ = fs::remove_dir_all(grave);
         }
-        Ok(gone)
+        Ok(removed)
     }
 
     /// Removes the snapshots whose name and manifest are chosen and that neither a

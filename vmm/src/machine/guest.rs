@@ -158,7 +158,7 @@ impl GuestMachine for RunningMachine {
                     paused_us: u64::try_from(pause.as_micros()).unwrap_or(u64::MAX),
                     ..SnapshotReport::default()
                 },
-                guard: Some(SnapshotGuard::new(captured.hold, ephemeral)),
+                guard: Some(SnapshotGuard::new(captured.removal_guard, ephemeral)),
             });
             events.send(SupervisorEvent::Snapshot(made));
         };

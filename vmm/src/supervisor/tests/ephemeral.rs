@@ -38,7 +38,7 @@ fn publish(store: &SnapshotStore, name: &str) -> PublishedSnapshot {
     PublishedSnapshot {
         report: SnapshotReport::default(),
         guard: Some(SnapshotGuard::new(
-            captured.hold,
+            captured.removal_guard,
             Some((store.clone(), name.to_owned())),
         )),
     }
