@@ -40,7 +40,7 @@ impl Origin {
 
 /// The result of a capture.
 #[derive(Debug)]
-pub(crate) struct Made {
+pub(crate) struct PublishedCapture {
     pub(crate) captured: Captured,
     /// The time for which the vCPUs were paused.
     pub(crate) pause: Duration,
@@ -52,7 +52,7 @@ pub(crate) struct CaptureCallbacks {
     /// [`Capturing::end`].
     pub(crate) copied: Box<dyn FnOnce(Result<(), String>) + Send>,
     /// The snapshot was published, or publishing failed.
-    pub(crate) made: Box<dyn FnOnce(Result<Made, String>) + Send>,
+    pub(crate) published: Box<dyn FnOnce(Result<PublishedCapture, String>) + Send>,
 }
 
 /// A capture of a paused machine. Dropping it cancels the capture: nothing is published,
@@ -103,8 +103,10 @@ impl Capturing {
                 let Ok(pause) = pause_ended.recv() else {
                     return;
                 };
-                let made = plan.finish(capture, &state, vcpus);
-                (callbacks.made)(made.map(|captured| Made { captured, pause }));
+                let published = plan.finish(capture, &state, vcpus);
+                (callbacks.published)(
+                    published.map(|captured| PublishedCapture { captured, pause }),
+                );
             })
             .map_err(|error| format!("cannot start a thread: {error}"))?;
         let begun = Instant::now();

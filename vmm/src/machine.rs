@@ -453,8 +453,8 @@ fn listen_for_agent(muxer: &MuxerHandle, events: EventSender) {
 
 /// Reports a device failure to the supervisor, before the streams of the guest end.
 fn report_failure(muxer: &MuxerHandle, events: EventSender) {
-    let tell = move |reason: &str| events.send(SupervisorEvent::Unreachable(reason.to_owned()));
-    muxer.on_failure(Box::new(tell));
+    let report = move |reason: &str| events.send(SupervisorEvent::Unreachable(reason.to_owned()));
+    muxer.on_failure(Box::new(report));
 }
 
 fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceConfig {

@@ -70,18 +70,18 @@ impl Published {
         }
     }
 
-    /// Returns true if bytes of the guest are in flight; `tell` is called when they were
+    /// Returns true if bytes of the guest are in flight; `callback` is called when they were
     /// delivered.
-    pub(crate) fn when_delivered(&self, tell: impl Fn() + Send + Sync + 'static) -> bool {
+    pub(crate) fn when_delivered(&self, callback: impl Fn() + Send + Sync + 'static) -> bool {
         let groups = self.ports.iter().map(|(handle, _)| handle.connections());
         let busy: Vec<_> = groups.filter(|group| group.undelivered() > 0).collect();
-        let left = Arc::new((AtomicUsize::new(busy.len()), tell));
+        let remaining = Arc::new((AtomicUsize::new(busy.len()), callback));
         for group in &busy {
-            let left = Arc::clone(&left);
+            let remaining = Arc::clone(&remaining);
             group.when_delivered(move || {
-                let (count, tell) = &*left;
+                let (count, callback) = &*remaining;
                 if count.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    tell();
+                    callback();
                 }
             });
         }

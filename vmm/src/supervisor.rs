@@ -374,7 +374,7 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Some(main) = &mut self.main {
             let _ = flush(main);
         }
-        let gone: Vec<u64> = self
+        let ended: Vec<u64> = self
             .clients
             .iter_mut()
             .filter_map(|(&id, client)| {
@@ -386,8 +386,8 @@ impl<G: GuestMachine> Supervisor<G> {
             self.set_timer(SupervisorTimer::Shortage, SHORTAGE);
         }
         // A full client that is gone does not block the others any more.
-        room |= !gone.is_empty();
-        for id in gone {
+        room |= !ended.is_empty();
+        for id in ended {
             self.drop_client(id);
         }
         room

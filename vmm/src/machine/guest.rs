@@ -15,7 +15,7 @@ use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
 use super::{RunningMachine, failed};
-use crate::capturing::{CaptureCallbacks, Capturing, Made, Origin};
+use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
 use crate::guest::{
     AfterCapture, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotGuard, SnapshotPlan,
     SupervisorEvent,
@@ -28,23 +28,23 @@ impl RunningMachine {
     /// Creates an automatic snapshot.
     fn create_automatic_snapshot(&mut self, plan: Plan) -> Result<(), String> {
         let name = plan.name.clone();
-        let made = move |made: Result<Made, String>| match made {
-            Ok(made) => tracing::info!(
+        let published = move |result: Result<PublishedCapture, String>| match result {
+            Ok(capture) => tracing::info!(
                 name,
-                pages = made.captured.manifest.memory.data_pages,
-                pause_us = made.pause.as_micros(),
+                pages = capture.captured.manifest.memory.data_pages,
+                pause_us = capture.pause.as_micros(),
                 "a snapshot was taken"
             ),
             // Another VM may have created the same snapshot in the meantime.
             Err(error) => tracing::warn!(name, error, "a snapshot was not taken"),
         };
-        self.capture(plan, Box::new(made))
+        self.capture(plan, Box::new(published))
     }
 
     fn capture(
         &mut self,
         plan: Plan,
-        made: Box<dyn FnOnce(Result<Made, String>) + Send>,
+        published: Box<dyn FnOnce(Result<PublishedCapture, String>) + Send>,
     ) -> Result<(), String> {
         let source = self.source.as_ref();
         let copied = self.prefetch.as_ref().map_or(&[][..], Prefetch::copied);
@@ -56,7 +56,7 @@ impl RunningMachine {
         let events = self.events.clone();
         let callbacks = CaptureCallbacks {
             copied: Box::new(move |copied| events.send(SupervisorEvent::Captured(copied))),
-            made,
+            published,
         };
         let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, callbacks)?;
         self.capturing = Some(capturing);
@@ -150,8 +150,8 @@ impl GuestMachine for RunningMachine {
             },
         };
         let events = self.events.clone();
-        let made = move |made: Result<Made, String>| {
-            let made = made.map(|Made { captured, pause }| PublishedSnapshot {
+        let published = move |result: Result<PublishedCapture, String>| {
+            let snapshot = result.map(|PublishedCapture { captured, pause }| PublishedSnapshot {
                 report: SnapshotReport {
                     pages: captured.manifest.memory.data_pages,
                     parent: captured.manifest.parent.map(|parent| parent.name),
@@ -160,9 +160,9 @@ impl GuestMachine for RunningMachine {
                 },
                 guard: Some(SnapshotGuard::new(captured.removal_guard, ephemeral)),
             });
-            events.send(SupervisorEvent::Snapshot(made));
+            events.send(SupervisorEvent::Snapshot(snapshot));
         };
-        self.capture(plan, Box::new(made))
+        self.capture(plan, Box::new(published))
     }
 
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {

@@ -22,7 +22,7 @@ use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
-use crate::capturing::{CaptureCallbacks, Capturing, Made, Origin};
+use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
 
 const ENTRY: u32 = 0x10_0000;
 
@@ -124,23 +124,23 @@ fn plan(store: &SnapshotStore, name: &str) -> Plan {
 /// The results that a capture reports.
 struct Heard {
     copied: Receiver<Result<(), String>>,
-    made: Receiver<Result<Made, String>>,
+    published: Receiver<Result<PublishedCapture, String>>,
 }
 
 fn callbacks() -> (CaptureCallbacks, Heard) {
     let ((copied, is_copied), (made, is_made)) = (channel(), channel());
     let callbacks = CaptureCallbacks {
         copied: Box::new(move |result| copied.send(result).unwrap()),
-        made: Box::new(move |result| made.send(result).unwrap()),
+        published: Box::new(move |result| made.send(result).unwrap()),
     };
     let heard = Heard {
         copied: is_copied,
-        made: is_made,
+        published: is_made,
     };
     (callbacks, heard)
 }
 
-fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> {
+fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<PublishedCapture, String> {
     let (callbacks, heard) = callbacks();
     let plan = plan(&f.store, name);
     let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, callbacks)?;
@@ -149,7 +149,7 @@ fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<Made, String> 
     f.machine.resume().unwrap();
     copied?;
     capturing.end();
-    let made = heard.made.recv().unwrap();
+    let made = heard.published.recv().unwrap();
     thread.join().unwrap();
     made
 }
@@ -336,7 +336,7 @@ fn a_cancelled_capture_publishes_nothing() {
         if let Ok(Err(error)) = heard.copied.try_recv() {
             assert!(error.contains("cancelled"), "{error}");
         }
-        assert!(heard.made.recv().is_err());
+        assert!(heard.published.recv().is_err());
         f.machine.resume().unwrap();
         assert_eq!(f.store.list().unwrap().len(), 0);
     }

@@ -240,12 +240,16 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Err(error) = self.resume_vcpus() {
             tracing::warn!(error, "the VM stays paused");
         }
-        let held = self.stage.is_copying();
+        let copying = self.stage.is_copying();
         match &mut self.agent {
             Some(agent) if unexplained => {
                 agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
                 self.provisional = Some(record);
-                let more = if held { KILL_TIMEOUT } else { Duration::ZERO };
+                let more = if copying {
+                    KILL_TIMEOUT
+                } else {
+                    Duration::ZERO
+                };
                 self.set_timer(SupervisorTimer::OomCheck, OOM_TIMEOUT + more);
             }
             _ => self.finish(record),

@@ -219,11 +219,11 @@ impl<G: GuestMachine> Supervisor<G> {
                 Purpose::IdentityReport { requested_ns },
                 ControlReply::IdentityReport(identity_report),
             ) => {
-                let (told, now) = (identity_report.realtime_ns, unix_nanos());
-                let early = requested_ns.saturating_sub(told);
+                let (reported, now) = (identity_report.realtime_ns, unix_nanos());
+                let early = requested_ns.saturating_sub(reported);
                 self.report(&VmmReport::IdentityReport(VmIdentityReport {
                     identity_report,
-                    clock_error_ns: early.max(told.saturating_sub(now)),
+                    clock_error_ns: early.max(reported.saturating_sub(now)),
                 }));
                 // The VM lives until its launcher disconnects.
                 self.clear_timer(SupervisorTimer::Start);

@@ -164,8 +164,10 @@ impl GuestMachine for FakeGuest {
         *self.state.delivers.lock().unwrap()
     }
     fn is_delivering_commands(&mut self) -> bool {
-        let asked = self.state.commands.lock().unwrap();
-        asked.as_ref().is_some_and(|asked| asked.send(()).is_ok())
+        let commands = self.state.commands.lock().unwrap();
+        commands
+            .as_ref()
+            .is_some_and(|commands| commands.send(()).is_ok())
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
