@@ -51,7 +51,7 @@ impl<'a> Bars<'a> {
 
     pub(crate) fn show(&self, progress: Progress<'_>) {
         match progress {
-            Progress::Message(text) => self.notice(text),
+            Progress::Message(text) => self.print_message(text),
             Progress::Layer {
                 number,
                 digest,
@@ -66,7 +66,7 @@ impl<'a> Bars<'a> {
         }
     }
 
-    fn notice(&self, text: &str) {
+    fn print_message(&self, text: &str) {
         if self.printer.interactive() {
             // The line appears above the bars.
             let _ = self.screen.println(Shown(text).to_string());

@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 String::from_utf8_lossy(&output.stdout).replace('\n', " ")
             );
             println!("(status {})", output.status);
-            pool.put_back(vm)
+            pool.recycle(vm)
         })
     };
     sm.snapshots().remove(&name)?;
@@ -81,7 +81,7 @@ impl Pool {
 
     /// Takes a member back to where the snapshot was made, with a new identity. One that
     /// cannot be reset is replaced.
-    fn put_back(&mut self, mut vm: Vm) -> Result<(), sm_runtime::Error> {
+    fn recycle(&mut self, mut vm: Vm) -> Result<(), sm_runtime::Error> {
         if let Err(error) = vm.reset() {
             eprintln!("{} is replaced: {error}", vm.name());
             vm.remove(Force::Yes)?;

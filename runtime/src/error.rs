@@ -175,7 +175,7 @@ pub enum StartError {
         log: String,
     },
     /// The program of VM processes is none: it does not call [`crate::run_vmm_if_asked`].
-    #[error("the VM's process ended before it was one ({how}): {FORGOTTEN}{log}")]
+    #[error("the VM's process ended before it was one ({how}): {ENTRY_ADVICE}{log}")]
     NotAVmm {
         /// Its exit status or signal.
         how: String,
@@ -184,17 +184,17 @@ pub enum StartError {
     },
     /// No program of VM processes is set, and this one did not call
     /// [`crate::run_vmm_if_asked`].
-    #[error("this program is not the process of a VM, and no other one is named: {FORGOTTEN}")]
+    #[error("this program is not the process of a VM, and no other one is named: {ENTRY_ADVICE}")]
     NoProgram,
     /// This process was itself started as that of a VM.
     #[error(
-        "this process was started to be the process of a VM, and starts a VM instead: {FORGOTTEN}"
+        "this process was started to be the process of a VM, and starts a VM instead: {ENTRY_ADVICE}"
     )]
     InsideVmm,
 }
 
 /// Advice for a program that does not become a VMM.
-pub(crate) const FORGOTTEN: &str =
+pub(crate) const ENTRY_ADVICE: &str =
     "its program has to call sm_runtime::run_vmm_if_asked() first thing in main";
 
 fn after_colon(log: &str) -> String {

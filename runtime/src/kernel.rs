@@ -17,7 +17,7 @@ use crate::sm::Sm;
 
 /// Modules that a guest may need, by their names in `modules.dep`; those that a kernel
 /// has built in, or does not have, are skipped.
-const WANTED: [&str; 11] = [
+const GUEST_MODULES: [&str; 11] = [
     // erofs needs libcrc32c, which requests this from the crypto API by name.
     "crc32c_generic",
     "virtio_mmio",
@@ -405,7 +405,7 @@ impl Kernel {
         let text = std::fs::read_to_string(&path)
             .map_err(|source| KernelError::Module { path, source })?;
         let mut modules = Vec::new();
-        for relative in load_order(&text, &WANTED) {
+        for relative in load_order(&text, &GUEST_MODULES) {
             let path = directory.join(relative);
             let module = read_module(&path).map_err(|source| KernelError::Module {
                 path: path.clone(),

@@ -119,7 +119,7 @@ impl Logs {
             Ok(stream) => Ok(Watch::Process(stream)),
             // Without a process there is no more output.
             Err(ControlError::NotRunning(_)) => {
-                self.record.wait_until_dead()?;
+                self.record.wait_until_unlocked()?;
                 Ok(Watch::Nothing)
             }
             Err(error) => Err(error.into()),
@@ -127,7 +127,7 @@ impl Logs {
     }
 
     fn wait_for_change(&mut self) -> io::Result<()> {
-        let dead = match &mut self.watch {
+        let exited = match &mut self.watch {
             Some(Watch::Directory(watch)) => wait_for_events(watch)?,
             Some(Watch::Process(stream)) => {
                 let mut buffer = [0; 4096];
@@ -141,9 +141,11 @@ impl Logs {
             }
             Some(Watch::Nothing) | None => false,
         };
-        if dead {
+        if exited {
             // The event arrives shortly before the lock is released.
-            self.record.wait_until_dead().map_err(io::Error::other)?;
+            self.record
+                .wait_until_unlocked()
+                .map_err(io::Error::other)?;
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ pub(crate) const FILE: &str = "output.log";
 /// Name of the previous file.
 pub(crate) const ROTATED: &str = "output.log.1";
 /// Name of the next file until its first record is complete.
-const FRESH: &str = ".output.log.new";
+const NEXT_FILE: &str = ".output.log.new";
 /// Size at which a file is rotated, in bytes.
 pub(crate) const ROTATE_AT: u64 = 16 << 20;
 
@@ -105,7 +105,7 @@ impl LogWriter {
                 writer.file = Some(file);
                 writer.logged = None;
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => writer.begin_file()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => writer.create_file()?,
             Err(error) => return Err(error),
         }
         Ok(writer)
@@ -145,8 +145,8 @@ impl LogWriter {
 
     /// Creates the next file, which is renamed to its name after its first record was
     /// written.
-    fn begin_file(&mut self) -> io::Result<()> {
-        let fresh = self.directory.join(FRESH);
+    fn create_file(&mut self) -> io::Result<()> {
+        let fresh = self.directory.join(NEXT_FILE);
         let mut file = OpenOptions::new()
             .create(true)
             .append(true)
@@ -188,7 +188,7 @@ impl LogWriter {
             self.written = 0;
         }
         if self.file.is_none() {
-            self.begin_file()?;
+            self.create_file()?;
         }
         let mut bytes = Vec::new();
         if self.dropped > 0 {

@@ -213,7 +213,7 @@ impl Record {
     }
 
     /// Blocks until no process holds its lock.
-    pub(crate) fn wait_until_dead(&self) -> Result<(), RecordError> {
+    pub(crate) fn wait_until_unlocked(&self) -> Result<(), RecordError> {
         match self.try_lock(FlockOperation::LockShared) {
             Ok(_) | Err(RecordError::NotFound(_)) => Ok(()),
             Err(error) => Err(error),

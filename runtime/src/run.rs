@@ -20,7 +20,7 @@ use sm_control::timings::Phase;
 use sm_control::workload::Workload;
 use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
-use crate::error::FORGOTTEN;
+use crate::error::ENTRY_ADVICE;
 use crate::image::Image;
 use crate::reaper::Process;
 use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
@@ -72,7 +72,7 @@ pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, E
             config.read_only = options.read_only;
             config.stop_timeout = options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT);
             config.publish.clone_from(&options.publish);
-            config.publish_wait = options.limited_publish_wait();
+            config.publish_wait = options.clamped_publish_wait();
             Ok(config)
         },
         StartSource::Image(ImageSource {
@@ -275,7 +275,7 @@ fn spawn(
             Err(vmm_error(match error.kind() {
                 io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
                     let text = format!(
-                        "{:?} does not become one within {:?}: {FORGOTTEN}",
+                        "{:?} does not become one within {:?}: {ENTRY_ADVICE}",
                         program.path, program.timeout
                     );
                     io::Error::new(io::ErrorKind::TimedOut, text)
@@ -334,7 +334,7 @@ impl Launched {
                 Some(Event::Ended(exit)) => return Err(not_started(exit)),
                 // Output follows the start, and the record has the exit status.
                 Some(_) => {}
-                None => return Err(vmm_died(&self.record, &mut self.child)),
+                None => return Err(vmm_exited(&self.record, &mut self.child)),
             }
         }
         let session = attach.then_some(self.session);
@@ -361,7 +361,7 @@ fn not_started(exit: ExitRecord) -> Error {
 }
 
 /// The VMM died without a report: returns the error with the known facts, and cleans up.
-fn vmm_died(record: &Record, child: &mut Process) -> Error {
+fn vmm_exited(record: &Record, child: &mut Process) -> Error {
     let how = match child.wait() {
         Ok(status) => status.to_string(),
         Err(error) => error.to_string(),

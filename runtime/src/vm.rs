@@ -247,9 +247,9 @@ impl Vm {
         let state = match self.record.state() {
             Ok(VmState::Running) => match self.status() {
                 Ok(status) => StateView::alive(status),
-                Err(error) => StateView::silent(&self.record, &error)?,
+                Err(error) => StateView::unresponsive(&self.record, &error)?,
             },
-            other => StateView::dead(other)?,
+            other => StateView::exited(other)?,
         };
         Ok(Inspection {
             config: self.config().clone(),
@@ -269,7 +269,7 @@ impl Vm {
         {
             return Ok(exit);
         }
-        self.record.wait_until_dead()?;
+        self.record.wait_until_unlocked()?;
         match self.record.state()? {
             VmState::Exited(exit) => Ok(exit),
             VmState::Running => Err(Refusal::NoExitStatus(self.name().to_owned()).into()),
@@ -360,14 +360,14 @@ impl Vm {
     ///
     /// # Errors
     /// The VM is not running.
-    pub fn begin_profile(&self) -> Result<(), Error> {
+    pub fn start_profile(&self) -> Result<(), Error> {
         match self.call(&ControlCall::Profile { on: true })? {
             ControlAnswer::Profile(_) => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
 
-    /// Returns the measurements since [`Self::begin_profile`], and stops measuring.
+    /// Returns the measurements since [`Self::start_profile`], and stops measuring.
     ///
     /// # Errors
     /// The VM is not running.
@@ -378,7 +378,7 @@ impl Vm {
         }
     }
 
-    pub(crate) fn make_snapshot(
+    pub(crate) fn create_snapshot(
         &self,
         name: &str,
         then: AfterSnapshot,
@@ -422,7 +422,7 @@ impl Vm {
             Ok(control) => control,
             // The VM is starting or exiting; the lock of its record is released at its
             // end.
-            Err(Error::NotRunning(_)) => return Ok(self.record.wait_until_dead()?),
+            Err(Error::NotRunning(_)) => return Ok(self.record.wait_until_unlocked()?),
             Err(error) => return Err(error),
         };
         let operation = "end the VM's process";
@@ -430,7 +430,7 @@ impl Vm {
         let pid = control.peer_pid().map_err(vmm)?;
         // The PID is not reused while the connection to the process is open.
         let process = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| vmm(e.into()))?;
-        let asked = control.call(&ControlCall::Destroy);
+        let reply = control.call(&ControlCall::Destroy);
         let timeout = rustix::event::Timespec {
             tv_sec: i64::try_from(DESTROY_TIMEOUT.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: 0,
@@ -439,14 +439,14 @@ impl Vm {
             &process,
             rustix::event::PollFlags::IN,
         )];
-        let ended = asked.is_ok()
+        let ended = reply.is_ok()
             && rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, Some(&timeout)))
                 .is_ok_and(|ready| ready > 0);
         if !ended {
             tracing::warn!(vm = self.name(), "killing a VMM that does not answer");
             pidfd_send_signal(&process, Signal::KILL).map_err(|e| vmm(e.into()))?;
         }
-        Ok(self.record.wait_until_dead()?)
+        Ok(self.record.wait_until_unlocked()?)
     }
 
     /// Creates a command to run beside the workload.

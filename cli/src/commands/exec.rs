@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use sm_runtime::session::SessionWriter;
 use sm_runtime::{Input, Sm};
 
-use super::run::{LOST, Workload};
+use super::run::{EXIT_VM_ENDED, Workload};
 use crate::args::{AttachArgs, ExecArgs};
 use crate::failure::Failure;
 use crate::printer::Printer;
@@ -67,7 +67,7 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
             End::Exited { status, .. } => status,
             End::Detached => 0,
             // The VM has ended, and the command with it.
-            End::Lost => LOST,
+            End::Lost => EXIT_VM_ENDED,
         },
     )
 }
@@ -91,7 +91,7 @@ pub(crate) fn attach(sm: &Sm, args: &AttachArgs, printer: &Printer) -> Result<u3
                 printer.note(format_args!("Detached from \"{}\"", vm.name()));
                 0
             }
-            End::Lost => LOST,
+            End::Lost => EXIT_VM_ENDED,
         },
     )
 }

@@ -74,7 +74,7 @@ const READING: &str = "Reading";
 fn fetch(
     sm: &Sm,
     reference: &str,
-    anew: bool,
+    refresh: bool,
     options: PullOptions<'_>,
     bars: &Bars<'_>,
 ) -> Result<Image, Failure> {
@@ -90,13 +90,13 @@ fn fetch(
         }
         bars.show(progress);
     };
-    let fetch = Fetch::new(options.report(&report)).anew(anew);
+    let fetch = Fetch::new(options.report(&report)).refresh(refresh);
     let image = sm.image_with(reference, &fetch);
     bars.clear();
     let image = image?;
     if grown.into_inner()
         && let Some(quota) = quota
-        && let Some(reason) = kept_beyond(sm, quota)
+        && let Some(reason) = enforce_quota(sm, quota)
     {
         bars.show(Progress::Message(&reason));
     }
@@ -115,8 +115,8 @@ fn quota() -> Result<Option<u64>, Failure> {
 
 /// Enforces the maximum size of the store. A failure becomes a warning: the requested
 /// image can be used nevertheless.
-fn kept_beyond(sm: &Sm, quota: u64) -> Option<String> {
-    match sm.images().keep_within(quota) {
+fn enforce_quota(sm: &Sm, quota: u64) -> Option<String> {
+    match sm.images().prune_to(quota) {
         Ok(pruned) => pruned?.notes.into_iter().next(),
         Err(error) => Some(Failure::from(error).to_string()),
     }

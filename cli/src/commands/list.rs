@@ -279,7 +279,7 @@ pub(crate) fn stats(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32,
 /// Measures the stages of a VM's connections (`sm stats --profile`).
 fn profile(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
     let vm = sm.vm(&args.vm)?;
-    vm.begin_profile()?;
+    vm.start_profile()?;
     let seconds = args.interval;
     printer.note(format_args!("measuring for {seconds} s"));
     std::thread::sleep(Duration::from_secs(seconds));

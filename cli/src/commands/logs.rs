@@ -23,16 +23,16 @@ pub(crate) fn logs(sm: &Sm, args: &LogsArgs) -> Result<u32, Failure> {
     };
     let mut logs = vm.logs()?;
     let mut sink = Sink::new(args.timestamps);
-    let mut held = Tail::new(args.tail);
+    let mut tail = Tail::new(args.tail);
     while let Some(record) = logs.next_record()? {
         if asked_for(&record)
-            && let Some(record) = held.push(record)
+            && let Some(record) = tail.push(record)
             && !sink.write(&record)
         {
             return Ok(0);
         }
     }
-    for record in held.finish() {
+    for record in tail.finish() {
         sink.write(&record);
     }
     if args.follow {
@@ -119,7 +119,7 @@ impl Sink {
 struct Tail {
     limit: Option<usize>,
     lines: usize,
-    held: VecDeque<LogRecord>,
+    pending: VecDeque<LogRecord>,
 }
 
 impl Tail {
@@ -127,7 +127,7 @@ impl Tail {
         Self {
             limit,
             lines: 0,
-            held: VecDeque::new(),
+            pending: VecDeque::new(),
         }
     }
 
@@ -140,12 +140,15 @@ impl Tail {
         for line in record.bytes.split_inclusive(|byte| *byte == b'\n') {
             self.lines += usize::from(line.ends_with(b"\n"));
             let line = LogRecord::new(record.stream, record.time_ns, line.to_vec());
-            self.held.push_back(line);
+            self.pending.push_back(line);
         }
         // An incomplete last line counts as a line.
-        let open = self.held.back().is_some_and(|r| !r.bytes.ends_with(b"\n"));
+        let open = self
+            .pending
+            .back()
+            .is_some_and(|r| !r.bytes.ends_with(b"\n"));
         while self.lines + usize::from(open) > limit {
-            let Some(dropped) = self.held.pop_front() else {
+            let Some(dropped) = self.pending.pop_front() else {
                 break;
             };
             self.lines -= usize::from(dropped.bytes.ends_with(b"\n"));
@@ -154,7 +157,7 @@ impl Tail {
     }
 
     fn finish(self) -> VecDeque<LogRecord> {
-        self.held
+        self.pending
     }
 }
 

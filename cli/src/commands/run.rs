@@ -259,7 +259,7 @@ fn parse_ulimit(text: &str) -> anyhow::Result<Rlimit> {
 }
 
 /// Exit status of a command whose VM has ended.
-pub(super) const LOST: u32 = 128 + 9;
+pub(super) const EXIT_VM_ENDED: u32 = 128 + 9;
 
 #[cfg(test)]
 mod tests {

@@ -168,7 +168,7 @@ fn prove_distinct(
         for clone in &proof.wrong_clocks {
             printer.line(format_args!("WRONG CLOCK in clone {clone}"));
         }
-        if proof.holds() {
+        if proof.is_distinct() {
             let worst = proof.clones.iter().map(|c| c.clock_error_ns).max();
             printer.line(format_args!(
                 "{count} clones of \"{name}\", {} at the same time: getrandom, uuid, machine-id, boot_id, epoch and \
@@ -182,7 +182,7 @@ fn prove_distinct(
             ));
         }
     }
-    Ok(u32::from(!proof.holds()))
+    Ok(u32::from(!proof.is_distinct()))
 }
 
 /// Applies an operation to each snapshot; the status is that of the first failure.

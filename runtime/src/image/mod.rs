@@ -19,7 +19,7 @@ use crate::{Error, Refusal};
 /// Options for getting an image.
 #[derive(Clone, Debug, Default)]
 pub struct Fetch<'a> {
-    anew: bool,
+    refresh: bool,
     options: PullOptions<'a>,
 }
 
@@ -28,15 +28,15 @@ impl<'a> Fetch<'a> {
     #[must_use]
     pub fn new(options: PullOptions<'a>) -> Self {
         Self {
-            anew: false,
+            refresh: false,
             options,
         }
     }
 
     /// Asks the registry even if the store has the image.
     #[must_use]
-    pub fn anew(mut self, anew: bool) -> Self {
-        self.anew = anew;
+    pub fn refresh(mut self, refresh: bool) -> Self {
+        self.refresh = refresh;
         self
     }
 }
@@ -76,7 +76,7 @@ impl Image {
     fn open(sm: &Sm, reference: &str, fetch: &Fetch<'_>) -> Result<Self, Error> {
         let parsed = Reference::parse_with_aliases(reference)?;
         let store = Store::open(&sm.home().images())?;
-        let stored = match fetch.anew {
+        let stored = match fetch.refresh {
             true => store.pull(&parsed, &fetch.options)?,
             false => store.open_image(&parsed, &fetch.options)?,
         };

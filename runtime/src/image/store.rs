@@ -200,7 +200,7 @@ impl Images {
     ///
     /// # Errors
     /// Files cannot be read or removed, or the needs of snapshots cannot be determined.
-    pub fn keep_within(&self, max_bytes: u64) -> Result<Option<Pruned>, Error> {
+    pub fn prune_to(&self, max_bytes: u64) -> Result<Option<Pruned>, Error> {
         let options = PruneOptions::new().max_bytes(max_bytes);
         self.removing(|store, users| store.try_prune(options, users))
     }

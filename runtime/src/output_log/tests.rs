@@ -209,12 +209,12 @@ fn a_failed_rotation_is_retried() {
     let mut reader = LogReader::open(dir.path()).unwrap();
     writer.append(Stream::Stdout, &[1; 30]).unwrap();
     // A directory with the draft's name prevents its creation.
-    std::fs::create_dir(dir.path().join(FRESH)).unwrap();
+    std::fs::create_dir(dir.path().join(NEXT_FILE)).unwrap();
     for _ in 0..3 {
         assert!(writer.append(Stream::Stdout, &[2; 30]).is_err());
     }
     assert_eq!(read_all(&mut reader), [(Stream::Stdout, vec![1; 30])]);
-    std::fs::remove_dir(dir.path().join(FRESH)).unwrap();
+    std::fs::remove_dir(dir.path().join(NEXT_FILE)).unwrap();
     writer.append(Stream::Stdout, &[3; 30]).unwrap();
     let seen = read_all(&mut reader);
     assert!(text(&seen[0]).starts_with("[sm: 90 bytes"), "{seen:?}");

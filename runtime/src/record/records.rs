@@ -30,7 +30,7 @@ pub(crate) struct Records {
     pub(super) directory: PathBuf,
     pub(super) sockets: PathBuf,
     /// Names of records that were read, and whether they are removed at the exit.
-    known: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
+    known_names: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
 }
 
 /// A record that cannot be read.
@@ -69,7 +69,7 @@ impl Records {
         Ok(Self {
             directory,
             sockets,
-            known: Arc::default(),
+            known_names: Arc::default(),
         })
     }
 
@@ -84,11 +84,11 @@ impl Records {
             return Err(RecordError::BadName(name.to_owned()).into());
         }
         let _registry = registry_lock(&self.directory)?;
-        let taken = self.names()?;
+        let used = self.names()?;
         let id = self.free_id()?;
         let name = match name {
             Some(name) => {
-                if let Some((other, _)) = taken.iter().find(|(_, taken)| taken == name) {
+                if let Some((other, _)) = used.iter().find(|(_, used)| used == name) {
                     return Err(RecordError::NameTaken {
                         name: name.to_owned(),
                         id: other.short().to_owned(),
@@ -99,7 +99,7 @@ impl Records {
             }
             None => (0..)
                 .map(generate_name)
-                .find(|name| !taken.iter().any(|(_, taken)| taken == name))
+                .find(|name| !used.iter().any(|(_, used)| used == name))
                 .unwrap_or_else(|| id.short().to_owned()),
         };
         let config = config(id.clone(), name)?;
@@ -109,7 +109,7 @@ impl Records {
             .mode(0o700)
             .create(&fresh)
             .map_err(io_error("create", &fresh))?;
-        let result = self.furnish(&fresh, config);
+        let result = self.create_files(&fresh, config);
         if result.is_err() {
             // A failure of the clean-up must not replace the first error.
             let _ = remove_tree(&fresh);
@@ -117,7 +117,7 @@ impl Records {
         Ok(result?)
     }
 
-    fn furnish(&self, fresh: &Path, config: VmConfig) -> Result<(Record, File), RecordError> {
+    fn create_files(&self, fresh: &Path, config: VmConfig) -> Result<(Record, File), RecordError> {
         let lock_path = fresh.join(LOCK);
         let lock = OpenOptions::new()
             .create_new(true)
@@ -217,21 +217,24 @@ impl Records {
     /// The directory, or a record, cannot be read, so that a name in use may be unknown.
     fn names(&self) -> Result<Vec<(VmId, String)>, RecordError> {
         // No code panics while it holds this lock.
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known_names = self
+            .known_names
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut names = Vec::new();
         for name in dir_names(&self.directory)? {
             let Some(id) = VmId::parse(&name) else {
                 continue;
             };
             let directory = self.directory.join(id.as_str());
-            if !known.contains_key(&id) {
+            if !known_names.contains_key(&id) {
                 match read_config(&directory.join(CONFIG)) {
                     Ok(Some(config)) => {
-                        known.insert(id.clone(), (config.name, config.auto_remove));
+                        known_names.insert(id.clone(), (config.name, config.auto_remove));
                     }
                     Err(error) if error.is_of_later_version() => {
                         if let Some((name, auto_remove)) = read_name(&directory.join(CONFIG)) {
-                            known.insert(id.clone(), (name, auto_remove));
+                            known_names.insert(id.clone(), (name, auto_remove));
                         }
                     }
                     // A record that has disappeared, or whose name is lost, has none.
@@ -239,7 +242,7 @@ impl Records {
                     Err(error) => return Err(error),
                 }
             }
-            let Some((name, auto_remove)) = known.get(&id) else {
+            let Some((name, auto_remove)) = known_names.get(&id) else {
                 continue;
             };
             if !is_vanishing(&directory, *auto_remove) {
@@ -256,7 +259,7 @@ impl Records {
     /// can read it; its files cannot be removed.
     pub(crate) fn remove_damaged(&self, query: &str) -> Result<(), RecordError> {
         let _registry = registry_lock(&self.directory)?;
-        let id = match self.one_damaged(query)? {
+        let id = match self.find_damaged(query)? {
             Some(later) if later.later => return Err(later.into()),
             Some(damaged) => damaged.id,
             None => return Err(RecordError::NotFound(query.to_owned())),
@@ -272,7 +275,7 @@ impl Records {
         bury(&directory, &id)
     }
 
-    fn one_damaged(&self, query: &str) -> Result<Option<Damaged>, RecordError> {
+    fn find_damaged(&self, query: &str) -> Result<Option<Damaged>, RecordError> {
         let mut damaged = self.damaged()?;
         damaged.retain(|damaged| !query.is_empty() && damaged.id.as_str().starts_with(query));
         if damaged.len() > 1 {
@@ -302,7 +305,7 @@ impl Records {
                 _ => return Err(RecordError::Ambiguous(query.to_owned())),
             }
         }
-        match self.one_damaged(query)? {
+        match self.find_damaged(query)? {
             Some(damaged) => Err(damaged.into()),
             None => Err(RecordError::NotFound(query.to_owned())),
         }
@@ -328,8 +331,8 @@ impl Records {
             }
         }
         for record in &self.read_all(true)?.0 {
-            let dead = record.try_lock(FlockOperation::NonBlockingLockShared);
-            if let Ok(Some(_dead)) = dead {
+            let lock = record.try_lock(FlockOperation::NonBlockingLockShared);
+            if let Ok(Some(_lock)) = lock {
                 note(clean_up(record));
             }
         }

@@ -141,7 +141,7 @@ fn waiting_ends_when_the_lock_is_released() {
     let (record, lock) = f.create(None).unwrap();
     let waiter = std::thread::spawn({
         let record = record.clone();
-        move || record.wait_until_dead()
+        move || record.wait_until_unlocked()
     });
     let_go(lock);
     waiter.join().unwrap().unwrap();

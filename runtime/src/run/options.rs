@@ -254,7 +254,7 @@ impl RunOptions {
     }
 
     /// Returns the time to wait for a listener, limited to what the protocol permits.
-    pub(crate) fn limited_publish_wait(&self) -> Duration {
+    pub(crate) fn clamped_publish_wait(&self) -> Duration {
         let longest = Duration::from_millis(u64::from(MAX_WAIT_MS));
         self.publish_wait.min(longest)
     }

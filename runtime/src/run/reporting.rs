@@ -3,7 +3,7 @@
 use sm_control::launch::VmIdentityReport;
 use sm_control::session::{Event, Session};
 
-use super::{Launched, not_started, talking, vmm_died};
+use super::{Launched, not_started, talking, vmm_exited};
 use crate::Error;
 use crate::reaper::Process;
 
@@ -15,12 +15,12 @@ impl Launched {
     ) -> Result<(VmIdentityReport, ReportingVm), Error> {
         loop {
             match self.session.next_event().map_err(talking)? {
-                Some(Event::IdentityReport(told)) => {
+                Some(Event::IdentityReport(report)) => {
                     let reporting = ReportingVm {
                         session: Some(self.session),
                         child: self.child,
                     };
-                    return Ok((told, reporting));
+                    return Ok((report, reporting));
                 }
                 Some(Event::Ended(exit)) => {
                     // Reaps the process, which is about to exit.
@@ -28,7 +28,7 @@ impl Launched {
                     return Err(not_started(exit));
                 }
                 Some(_) => {}
-                None => return Err(vmm_died(&self.record, &mut self.child)),
+                None => return Err(vmm_exited(&self.record, &mut self.child)),
             }
         }
     }

@@ -97,7 +97,7 @@ impl Snapshot {
             config.auto_remove = options.auto_remove;
             config.stop_timeout = stop_timeout(&self.config, options);
             config.publish.clone_from(&options.publish);
-            config.publish_wait = options.limited_publish_wait();
+            config.publish_wait = options.clamped_publish_wait();
             Ok(config)
         };
         run::launch_in(&self.sm, records, options, config, source)?.until_started(options.attach)
@@ -114,9 +114,9 @@ fn stop_timeout(made_of: &VmConfig, options: &RunOptions) -> Duration {
 /// value are accepted; an option with the default value counts as set.
 fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     let fixed = |option| Err(OptionError::Fixed(option).into());
-    let mut given = options.overrides.clone();
-    given.hostname = None;
-    if given != Overrides::default() {
+    let mut overrides = options.overrides.clone();
+    overrides.hostname = None;
+    if overrides != Overrides::default() {
         return fixed(FixedOption::Workload);
     }
     if options
@@ -156,7 +156,9 @@ impl Vm {
     /// VM continues in these cases.
     pub fn snapshot(&self, name: &str, then: AfterSnapshot) -> Result<SnapshotReport, Error> {
         check_user_name(name)?;
-        Ok(self.make_snapshot(name, then, Lifetime::Permanent)?.report)
+        Ok(self
+            .create_snapshot(name, then, Lifetime::Permanent)?
+            .report)
     }
 
     /// Starts `count` clones of the running VM, which continues, and returns them when
@@ -184,17 +186,17 @@ pub struct Forked {
 }
 
 /// Number of clones that are started concurrently.
-const AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 
 fn fork(vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
     let sm = vm.sm();
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
     let records = Records::open(sm.home())?;
     records.sweep()?;
-    // `held` prevents the removal of the snapshot until it is opened here.
-    let held = vm.make_snapshot(&name, AfterSnapshot::Continue, Lifetime::LastUser)?;
+    // `captured` prevents the removal of the snapshot until it is opened here.
+    let captured = vm.create_snapshot(&name, AfterSnapshot::Continue, Lifetime::LastUser)?;
     let snapshot = Snapshot::open(sm, &name)?;
-    drop(held);
+    drop(captured);
     let (vms, error) = start_all(count, |number| {
         let mut options = options.clone();
         if let Some(name) = &mut options.name {
@@ -223,7 +225,7 @@ fn start_all<T: Send>(
     // No code panics while it holds this lock.
     let lock = || results.lock().unwrap_or_else(PoisonError::into_inner);
     std::thread::scope(|scope| {
-        for _ in 0..count.min(AT_ONCE) {
+        for _ in 0..count.min(MAX_CONCURRENT) {
             scope.spawn(|| {
                 while lock().1.is_none() {
                     let number = next.fetch_add(1, Ordering::Relaxed);

@@ -11,7 +11,7 @@ mod proof;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub use clone::{Forked, Snapshot};
-pub use proof::{IdentityReport, Proof, Twins, VmIdentityReport};
+pub use proof::{IdentityReport, Proof, SharedValue, VmIdentityReport};
 use serde::{Serialize, Serializer};
 pub use sm_snapshot::Error as SnapshotError;
 use sm_snapshot::chain::Chain;

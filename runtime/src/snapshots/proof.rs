@@ -21,7 +21,7 @@ const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
 /// Clones, by number, that have a value in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
-pub struct Twins {
+pub struct SharedValue {
     /// The kind of the value.
     pub what: &'static str,
     /// The value.
@@ -41,7 +41,7 @@ pub struct Proof {
     /// The identity report of each clone.
     pub clones: Vec<VmIdentityReport>,
     /// Values that should differ, and do not.
-    pub twins: Vec<Twins>,
+    pub twins: Vec<SharedValue>,
     /// Clones whose clock is off by more than 100 ms.
     pub wrong_clocks: Vec<usize>,
 }
@@ -49,7 +49,7 @@ pub struct Proof {
 impl Proof {
     /// Returns true if all clones are distinct and their clocks are right.
     #[must_use]
-    pub fn holds(&self) -> bool {
+    pub fn is_distinct(&self) -> bool {
         self.twins.is_empty() && self.wrong_clocks.is_empty()
     }
 
@@ -75,7 +75,7 @@ impl Proof {
         let twins = seen
             .into_iter()
             .filter(|(_, clones)| clones.len() > 1)
-            .map(|((what, value), clones)| Twins {
+            .map(|((what, value), clones)| SharedValue {
                 what,
                 value,
                 clones,
@@ -109,8 +109,8 @@ pub(super) fn prove_distinct(
     mut progress: impl FnMut(usize),
 ) -> Result<Proof, Error> {
     let chain = Chain::open(&SnapshotStore::read_only(&sm.home().snapshots()), name)?;
-    let room = usize::try_from(free_memory() / 2 / EACH).unwrap_or(usize::MAX);
-    let at_once = count.min(room).max(1);
+    let max = usize::try_from(free_memory() / 2 / EACH).unwrap_or(usize::MAX);
+    let at_once = count.min(max).max(1);
     let mut clones = Vec::new();
     let mut alive = VecDeque::new();
     for number in 0..count {
@@ -118,8 +118,8 @@ pub(super) fn prove_distinct(
         if alive.len() == at_once {
             alive.pop_front();
         }
-        let (told, reporting) = ask(sm, &chain)?;
-        clones.push(told);
+        let (report, reporting) = query(sm, &chain)?;
+        clones.push(report);
         alive.push_back(reporting);
     }
     Ok(Proof::of(name, at_once, clones))
@@ -135,7 +135,7 @@ fn free_memory() -> u64 {
     kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
-fn ask(sm: &Sm, chain: &Chain) -> Result<(VmIdentityReport, ReportingVm), Error> {
+fn query(sm: &Sm, chain: &Chain) -> Result<(VmIdentityReport, ReportingVm), Error> {
     let lease = &chain.tip().lease;
     let manifest = lease.manifest();
     let content = saved::content(chain)?;
@@ -177,7 +177,7 @@ mod tests {
 
     #[test]
     fn distinct_clones_are_distinct() {
-        assert!(Proof::of("s", 2, vec![clone(1), clone(2), clone(3)]).holds());
+        assert!(Proof::of("s", 2, vec![clone(1), clone(2), clone(3)]).is_distinct());
     }
 
     #[test]
@@ -185,10 +185,10 @@ mod tests {
         let mut twin = clone(2);
         twin.identity_report.boot_id = "boot-1".to_owned();
         let proof = Proof::of("s", 2, vec![clone(1), twin, clone(3)]);
-        assert!(!proof.holds());
+        assert!(!proof.is_distinct());
         assert_eq!(
             proof.twins,
-            [Twins {
+            [SharedValue {
                 what: "boot_id",
                 value: "boot-1".to_owned(),
                 clones: vec![0, 1],
@@ -202,6 +202,6 @@ mod tests {
         late.clock_error_ns = CLOCK_TOLERANCE_NS + 1;
         let proof = Proof::of("s", 2, vec![clone(1), late]);
         assert_eq!(proof.wrong_clocks, [1]);
-        assert!(!proof.holds());
+        assert!(!proof.is_distinct());
     }
 }

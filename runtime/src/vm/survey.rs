@@ -19,7 +19,7 @@ use crate::record::{Damaged, Record, RecordError, VmState};
 
 /// Connections open at the same time, out of the usual limit of 1024 descriptors per
 /// process.
-const AT_ONCE: usize = 256;
+const MAX_CONCURRENT: usize = 256;
 /// Most VMs with a full backlog that are waited for, each by a thread, because no event
 /// reports free space in a backlog.
 const MOST_FULL: usize = 64;
@@ -75,7 +75,7 @@ impl StateView {
     ///
     /// # Errors
     /// The record does not exist any more.
-    pub(super) fn dead(state: Result<VmState, RecordError>) -> Result<Self, Error> {
+    pub(super) fn exited(state: Result<VmState, RecordError>) -> Result<Self, Error> {
         match state {
             Ok(VmState::Exited(exit)) => Ok(Self {
                 started: exit.started(),
@@ -94,20 +94,20 @@ impl StateView {
     ///
     /// # Errors
     /// The record does not exist any more.
-    pub(super) fn silent(record: &Record, error: &Error) -> Result<Self, Error> {
+    pub(super) fn unresponsive(record: &Record, error: &Error) -> Result<Self, Error> {
         match (error, record.state()) {
-            (Error::NotRunning(_), state) => Self::dead(state),
+            (Error::NotRunning(_), state) => Self::exited(state),
             (_, Ok(VmState::Running)) => {
                 Ok(Self::failed(VmStatus::Unresponsive, with_causes(error)))
             }
             // The VM has ended in the meantime.
-            (_, state) => Self::dead(state),
+            (_, state) => Self::exited(state),
         }
     }
 }
 
 /// A VM with a pending query.
-struct Asked {
+struct PendingQuery {
     index: usize,
     stream: UnixStream,
     decoder: FrameDecoder,
@@ -115,7 +115,7 @@ struct Asked {
 
 /// Inspects the VMs of `records`, in this order. VMs that were removed are skipped.
 pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspection> {
-    let views = thread::scope(|scope| ask_all(scope, &records, timeout));
+    let views = thread::scope(|scope| query_all(scope, &records, timeout));
     let inspected = records.into_iter().zip(views);
     inspected
         .filter_map(|(record, state)| {
@@ -127,7 +127,7 @@ pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspec
         .collect()
 }
 
-fn ask_all<'scope, 'r: 'scope>(
+fn query_all<'scope, 'r: 'scope>(
     scope: &'scope thread::Scope<'scope, '_>,
     records: &'r [Record],
     timeout: Duration,
@@ -139,7 +139,7 @@ fn ask_all<'scope, 'r: 'scope>(
     for (index, record) in records.iter().enumerate() {
         match record.state() {
             Ok(VmState::Running) => alive.push_back(index),
-            other => views[index] = StateView::dead(other).ok(),
+            other => views[index] = StateView::exited(other).ok(),
         }
     }
     let mut note = |index: usize, answer: io::Result<Status>| {
@@ -156,22 +156,22 @@ fn ask_all<'scope, 'r: 'scope>(
                         source: error,
                     },
                 };
-                StateView::silent(&records[index], &error).ok()
+                StateView::unresponsive(&records[index], &error).ok()
             }
         };
     };
-    let mut asked: Vec<Asked> = Vec::new();
+    let mut queries: Vec<PendingQuery> = Vec::new();
     let mut full = Vec::new();
-    while !alive.is_empty() || !asked.is_empty() {
-        while asked.len() < AT_ONCE
+    while !alive.is_empty() || !queries.is_empty() {
+        while queries.len() < MAX_CONCURRENT
             && let Some(index) = alive.pop_front()
         {
-            match ask(index, &records[index]) {
-                Ok(vm) => asked.push(vm),
+            match query(index, &records[index]) {
+                Ok(vm) => queries.push(vm),
                 Err(error) if error.kind() == io::ErrorKind::TimedOut && full.len() < MOST_FULL => {
                     let record = &records[index];
                     let waiter = thread::Builder::new().name("sm-survey".to_owned());
-                    match waiter.spawn_scoped(scope, move || ask_until(record, deadline)) {
+                    match waiter.spawn_scoped(scope, move || query_until(record, deadline)) {
                         Ok(answer) => full.push((index, answer)),
                         Err(error) => note(index, Err(error)),
                     }
@@ -179,11 +179,11 @@ fn ask_all<'scope, 'r: 'scope>(
                 Err(error) => note(index, Err(error)),
             }
         }
-        if !wait(&asked, deadline) {
-            let unasked = alive.drain(..).chain(asked.drain(..).map(|vm| vm.index));
-            unasked.for_each(|index| note(index, Err(io::ErrorKind::TimedOut.into())));
+        if !wait(&queries, deadline) {
+            let unanswered = alive.drain(..).chain(queries.drain(..).map(|vm| vm.index));
+            unanswered.for_each(|index| note(index, Err(io::ErrorKind::TimedOut.into())));
         }
-        asked.retain_mut(|vm| match vm.answer() {
+        queries.retain_mut(|vm| match vm.answer() {
             Ok(None) => true,
             Ok(Some(status)) => {
                 note(vm.index, Ok(status));
@@ -207,12 +207,12 @@ fn ask_all<'scope, 'r: 'scope>(
 }
 
 /// Sends a query to a VM, if its backlog has space.
-fn ask(index: usize, record: &Record) -> io::Result<Asked> {
+fn query(index: usize, record: &Record) -> io::Result<PendingQuery> {
     send(index, connect_now(&record.control_socket())?)
 }
 
 /// Waits for space in the backlog of a VM, and for its answer.
-fn ask_until(record: &Record, deadline: Option<Instant>) -> io::Result<Status> {
+fn query_until(record: &Record, deadline: Option<Instant>) -> io::Result<Status> {
     let socket = record.control_socket();
     let stream = match deadline {
         Some(deadline) => connect_until(&socket, deadline)?,
@@ -230,13 +230,13 @@ fn ask_until(record: &Record, deadline: Option<Instant>) -> io::Result<Status> {
     }
 }
 
-fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
+fn send(index: usize, mut stream: UnixStream) -> io::Result<PendingQuery> {
     let mut bytes = Vec::new();
     let call = serde_json::to_vec(&ControlCall::Status)?;
     frame::encode(FrameType::Request, &call, &mut bytes).map_err(io::Error::other)?;
     // The socket buffer of a new connection has space for it.
     stream.write_all(&bytes)?;
-    Ok(Asked {
+    Ok(PendingQuery {
         index,
         stream,
         decoder: FrameDecoder::with_limits(|_| MAX_ANSWER),
@@ -244,15 +244,15 @@ fn send(index: usize, mut stream: UnixStream) -> io::Result<Asked> {
 }
 
 /// Waits until a connection is readable; returns false at the deadline.
-fn wait(asked: &[Asked], deadline: Option<Instant>) -> bool {
-    if asked.is_empty() {
+fn wait(queries: &[PendingQuery], deadline: Option<Instant>) -> bool {
+    if queries.is_empty() {
         return true;
     }
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let Ok(left) = left.map(Timespec::try_from).transpose() else {
         return false;
     };
-    let fds = asked
+    let fds = queries
         .iter()
         .map(|vm| PollFd::new(&vm.stream, PollFlags::IN));
     let mut fds: Vec<_> = fds.collect();
@@ -264,7 +264,7 @@ fn wait(asked: &[Asked], deadline: Option<Instant>) -> bool {
     }
 }
 
-impl Asked {
+impl PendingQuery {
     /// Reads available bytes; `None` while the answer is incomplete.
     fn answer(&mut self) -> io::Result<Option<Status>> {
         let mut buffer = [0; 4096];

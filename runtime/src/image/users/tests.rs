@@ -112,7 +112,7 @@ fn an_image_stays_as_long_as_a_snapshot_needs_it() {
         let error = f.images.remove(query).unwrap_err().to_string();
         assert!(error.contains("snapshot \"first\""), "{error}");
     }
-    let pruned = f.images.keep_within(0).unwrap().unwrap();
+    let pruned = f.images.prune_to(0).unwrap().unwrap();
     assert!(pruned.images.is_empty(), "{pruned:?}");
     // Its last name cannot be removed, and others can.
     f.images.tag(&used, "another:1").unwrap();
@@ -151,7 +151,7 @@ fn nothing_is_removed_while_a_snapshot_cannot_be_read() {
         for error in [
             f.images.remove(&reference).map(drop),
             f.images.prune(ALL).map(drop),
-            f.images.keep_within(0).map(drop),
+            f.images.prune_to(0).map(drop),
         ] {
             let error: Error = error.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
