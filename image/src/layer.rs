@@ -102,7 +102,7 @@ pub(crate) fn convert(
         return Err(damaged(expected, stored));
     }
     let totals = outcome.result?;
-    let diff_id = outcome.plain.digest;
+    let diff_id = outcome.uncompressed.digest;
     if let Some(stated) = expected.diff_id.filter(|stated| *stated != diff_id) {
         let text =
             format!("its contents have diff_id {diff_id}, the image's configuration says {stated}");
@@ -354,7 +354,7 @@ impl<R: Read> LayerWriter<'_, R> {
             return self.sparse(header.size, extents);
         }
         let size = header.size;
-        self.reader.stream().begin_contents();
+        self.reader.stream().start_contents();
         let location = match size <= SMALL {
             true => {
                 let location = ContentLocation::Small(self.small.position());
@@ -379,7 +379,7 @@ impl<R: Read> LayerWriter<'_, R> {
         for (offset, len) in extents {
             self.blob.append_zeros(offset - at)?;
             let location = ContentLocation::Blob(self.blob.position());
-            self.reader.stream().begin_contents();
+            self.reader.stream().start_contents();
             self.blob.append(&mut self.reader, *len)?;
             self.reader.stream().end_contents(location, *len)?;
             at = offset + len;

@@ -89,7 +89,7 @@ pub(crate) struct Outcome<T> {
     /// Return value of the caller's `consume`.
     pub(crate) result: T,
     /// Digest and size of the decompressed stream, as far as the caller has read it.
-    pub(crate) plain: Measured,
+    pub(crate) uncompressed: Measured,
     /// Digest and size of the stored stream up to its end or limit; an error if reading
     /// stopped earlier.
     pub(crate) stored: io::Result<Measured>,
@@ -106,10 +106,10 @@ pub(crate) fn run<T>(
     progress: &mut dyn FnMut(u64),
     consume: impl FnOnce(&mut Plain<'_>) -> T,
 ) -> Outcome<T> {
-    let over = AtomicBool::new(false);
-    let stream = Wanted {
+    let stopped = AtomicBool::new(false);
+    let stream = StoredStream {
         inner: stream.take(most),
-        over: &over,
+        stopped: &stopped,
         left: LAST,
     };
     thread::scope(|scope| {
@@ -128,7 +128,7 @@ pub(crate) fn run<T>(
         };
         let result = consume(&mut plain);
         // Stops the decoder, in case the caller has stopped early.
-        over.store(true, Ordering::Relaxed);
+        stopped.store(true, Ordering::Relaxed);
         let plain = plain.finish();
         let stored = match decoder.join() {
             Ok(stored) => stored,
@@ -136,24 +136,24 @@ pub(crate) fn run<T>(
         };
         Outcome {
             result,
-            plain,
+            uncompressed: plain,
             stored,
         }
     })
 }
 
 /// The stored stream, limited after the caller has stopped.
-struct Wanted<'a, R> {
+struct StoredStream<'a, R> {
     inner: R,
     /// The output is no longer needed.
-    over: &'a AtomicBool,
+    stopped: &'a AtomicBool,
     /// Number of bytes that may still be read in this case.
     left: u64,
 }
 
-impl<R: Read> Read for Wanted<'_, R> {
+impl<R: Read> Read for StoredStream<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if !self.over.load(Ordering::Relaxed) {
+        if !self.stopped.load(Ordering::Relaxed) {
             return self.inner.read(buffer);
         }
         // One more byte shows whether the stream ends here.
@@ -173,20 +173,20 @@ impl<R: Read> Read for Wanted<'_, R> {
 /// Runs on the decoder's thread. After an error, some more of the stored stream is read;
 /// see [`LAST`].
 fn decode(
-    stream: Wanted<'_, impl Read>,
+    stream: StoredStream<'_, impl Read>,
     decoders: &Decoders,
     empty: &Receiver<Vec<u8>>,
     filled: SyncSender<io::Result<Chunk>>,
 ) -> io::Result<Measured> {
     let count = Rc::new(Cell::new(0));
-    let over = stream.over;
+    let stopped = stream.stopped;
     let mut stored = HashingReader::new(stream, Rc::clone(&count));
     if let Err(error) = decode_chunks(&mut stored, decoders, &count, empty, &filled) {
         // The caller may have stopped, and needs no error then.
         let _ = filled.send(Err(error));
     }
     drop(filled);
-    over.store(true, Ordering::Relaxed);
+    stopped.store(true, Ordering::Relaxed);
     stored.drain()?;
     let (digest, size) = stored.finish();
     Ok(Measured { digest, size })
@@ -406,7 +406,7 @@ mod tests {
             drain,
         );
         assert_eq!(outcome.result, Ok(()));
-        assert_eq!(outcome.plain, measured(&plain));
+        assert_eq!(outcome.uncompressed, measured(&plain));
         assert_eq!(outcome.stored.unwrap(), measured(&stored));
         assert_eq!(last, stored.len() as u64);
     }

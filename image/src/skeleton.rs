@@ -44,7 +44,7 @@ impl<'f, R> Tap<'f, R> {
     }
 
     /// Marks the following bytes as contents, which are stored elsewhere.
-    pub(crate) fn begin_contents(&mut self) {
+    pub(crate) fn start_contents(&mut self) {
         self.contents = true;
     }
 
@@ -238,11 +238,11 @@ mod tests {
             tap.read_exact(&mut vec![0; len]).unwrap();
         };
         take(&mut tap, 200_000);
-        tap.begin_contents();
+        tap.start_contents();
         take(&mut tap, 9000);
         tap.end_contents(ContentLocation::Blob(4096), 9000).unwrap();
         take(&mut tap, 7);
-        tap.begin_contents();
+        tap.start_contents();
         take(&mut tap, 5);
         tap.end_contents(ContentLocation::Small(2), 5).unwrap();
         take(&mut tap, 1024);

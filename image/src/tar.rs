@@ -80,7 +80,7 @@ impl From<io::Error> for TarError {
     }
 }
 
-fn bad(reason: impl Into<Cause>) -> TarError {
+fn invalid(reason: impl Into<Cause>) -> TarError {
     TarError {
         entry: None,
         reason: reason.into(),
@@ -140,7 +140,7 @@ impl<R: Read> Reader<R> {
         for _ in 0..MAX_HEADERS {
             let Some(block) = self.header_block()? else {
                 return match begun {
-                    true => Err(bad("it ends after an extended header")),
+                    true => Err(invalid("it ends after an extended header")),
                     false => Ok(None),
                 };
             };
@@ -166,7 +166,7 @@ impl<R: Read> Reader<R> {
                 }
             }
         }
-        Err(bad("too many extended headers before an entry"))
+        Err(invalid("too many extended headers before an entry"))
     }
 
     /// Skips unread data of the current entry by seeking. The whole stream has `len`
@@ -179,9 +179,9 @@ impl<R: Read> Reader<R> {
         let end = self.position.checked_add(self.left);
         // The system permits seeking beyond the end.
         if end.is_none_or(|end| end > len) {
-            return Err(bad("it is truncated"));
+            return Err(invalid("it is truncated"));
         }
-        let distance = i64::try_from(self.left).map_err(|_| bad("a size is out of range"))?;
+        let distance = i64::try_from(self.left).map_err(|_| invalid("a size is out of range"))?;
         self.inner.seek_relative(distance)?;
         self.position += self.left;
         self.left = 0;
@@ -217,7 +217,7 @@ impl<R: Read> Reader<R> {
         path: Vec<u8>,
     ) -> Result<Header, TarError> {
         if path.len() > MAX_PATH {
-            return Err(bad("its path is longer than 4095 bytes"));
+            return Err(invalid("its path is longer than 4095 bytes"));
         }
         let mtime = match extended.mtime {
             Some(mtime) => mtime,
@@ -289,7 +289,7 @@ impl<R: Read> Reader<R> {
         let block = BLOCK as u64;
         let padded = size
             .checked_next_multiple_of(block)
-            .ok_or_else(|| bad("a size is out of range"))?;
+            .ok_or_else(|| invalid("a size is out of range"))?;
         self.left = size;
         self.padding = padded - size;
         Ok(())
@@ -310,7 +310,7 @@ impl<R: Read> Reader<R> {
         };
         self.position += skipped;
         if skipped < data {
-            return Err(bad("it is truncated"));
+            return Err(invalid("it is truncated"));
         }
         Ok(())
     }
@@ -322,7 +322,7 @@ impl<R: Read> Reader<R> {
         match read_full(&mut self.inner, &mut block)? {
             0 => return Ok(None),
             BLOCK => {}
-            _ => return Err(bad("it is truncated")),
+            _ => return Err(invalid("it is truncated")),
         }
         self.position += BLOCK as u64;
         if is_zero(&block) {
@@ -331,12 +331,14 @@ impl<R: Read> Reader<R> {
             return match second == 0 || is_zero(&block) {
                 true => Ok(None),
                 // Some readers would see later entries and others would not.
-                false => Err(bad("it continues after a zero block")),
+                false => Err(invalid("it continues after a zero block")),
             };
         }
         let stated = number(field(&block, 148, 8))?;
         if !checksums(&block).contains(&stated) {
-            return Err(bad("a header's checksum is wrong: it is not a tar archive"));
+            return Err(invalid(
+                "a header's checksum is wrong: it is not a tar archive",
+            ));
         }
         number::check(&block)?;
         Ok(Some(block))
@@ -344,13 +346,13 @@ impl<R: Read> Reader<R> {
 
     fn read_small(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
         if size > MAX_EXTENDED {
-            return Err(bad("an extended header is larger than 1 MiB"));
+            return Err(invalid("an extended header is larger than 1 MiB"));
         }
         self.expect_data(size)?;
         let mut bytes = Vec::new();
         self.by_ref().take(size).read_to_end(&mut bytes)?;
         if u64::try_from(bytes.len()).ok() != Some(size) {
-            return Err(bad("it is truncated"));
+            return Err(invalid("it is truncated"));
         }
         self.skip_rest()?;
         Ok(bytes)
@@ -372,7 +374,7 @@ impl<R: Read> Reader<R> {
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             let (key, value, after) =
-                pax_record(rest).ok_or_else(|| bad("a pax header is malformed"))?;
+                pax_record(rest).ok_or_else(|| invalid("a pax header is malformed"))?;
             rest = after;
             apply(key, value)?;
         }
@@ -427,7 +429,7 @@ fn checksums(block: &[u8; BLOCK]) -> [u64; 2] {
 }
 
 fn check_device(major: u32, minor: u32) -> Result<(), TarError> {
-    device_in_range(major, minor).map_err(bad)
+    device_in_range(major, minor).map_err(invalid)
 }
 
 /// Checks that a device number fits Linux's 12 and 20 bits. Truncation would produce the
@@ -465,7 +467,7 @@ fn read_kind(
             .clone()
             .unwrap_or_else(|| until_nul(field(block, 157, 100)));
         match link.len() > MAX_PATH {
-            true => Err(bad("its link target is longer than 4095 bytes")),
+            true => Err(invalid("its link target is longer than 4095 bytes")),
             false => Ok(link),
         }
     };
@@ -486,7 +488,7 @@ fn read_kind(
         b'6' => Kind::Fifo,
         other => {
             let text = format!("its type {:?} is not known", char::from(other));
-            return Err(bad(text));
+            return Err(invalid(text));
         }
     })
 }

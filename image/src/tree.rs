@@ -175,7 +175,7 @@ impl Tree {
         let mut directories = vec![directory];
         while let Some(directory) = directories.pop() {
             let mut at = self.first_entry(directory);
-            let mut kept = NONE;
+            let mut remaining = NONE;
             while at != NONE {
                 self.step(1)?;
                 let entry = self.dirents[at as usize];
@@ -184,8 +184,8 @@ impl Tree {
                     if inode.is_some_and(|inode| inode.tag == Tag::Directory) {
                         directories.push(entry.inode);
                     }
-                    self.dirents[at as usize].next = kept;
-                    kept = at;
+                    self.dirents[at as usize].next = remaining;
+                    remaining = at;
                 } else {
                     let hash = self.hash(entry.parent, self.arena.get(entry.name));
                     if let Ok(found) = self.by_name.find_entry(hash, |other| *other == at) {
@@ -194,7 +194,7 @@ impl Tree {
                 }
                 at = entry.next;
             }
-            self.set_first_entry(directory, kept);
+            self.set_first_entry(directory, remaining);
         }
         Ok(())
     }

@@ -78,7 +78,7 @@ fn files_that_cannot_be_opened_are_not_damaged() {
     let before = parts(&home);
     let parsed = Reference::parse(&reference).unwrap();
     let by_id = Reference::parse(&digest.hex()).unwrap();
-    let options = PullOptions::new().at_once(std::num::NonZero::<usize>::MIN);
+    let options = PullOptions::new().max_concurrent(std::num::NonZero::<usize>::MIN);
     let mut complete = 0;
     for more in 0..40 {
         let verified = with_descriptors(more, || home.store.verify(&reference, Some(&nobody)));

@@ -59,7 +59,7 @@ fn removals_do_not_wait_for_a_pull_or_affect_it() {
     };
     let options = PullOptions::new()
         .report(&report)
-        .at_once(std::num::NonZero::<usize>::MIN);
+        .max_concurrent(std::num::NonZero::<usize>::MIN);
     let both = home.path("both");
     thread::scope(|scope| {
         let pulling = scope.spawn(|| home.store.open_image(&parse(&both), &options));

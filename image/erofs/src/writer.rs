@@ -38,8 +38,8 @@ const CHUNK: u64 = 1 << 20;
 pub(crate) const MAX_NAME: usize = 255;
 
 /// Values of `i_format`: extended inode, and the data layout from bit 1 on.
-const PLAIN: u16 = 1;
-const INLINE: u16 = 1 | 2 << 1;
+const LAYOUT_PLAIN: u16 = 1;
+const LAYOUT_INLINE: u16 = 1 | 2 << 1;
 
 const S_IFIFO: u16 = 0o010_000;
 const S_IFCHR: u16 = 0o020_000;
@@ -325,7 +325,11 @@ impl<'t, T: FileTree> Image<'t, T> {
         let meta = self.tree.meta(id);
         let set = self.tree.xattr_set(id);
         let mut inode = [0; INODE_BYTES];
-        let format = if layout.inline { INLINE } else { PLAIN };
+        let format = if layout.inline {
+            LAYOUT_INLINE
+        } else {
+            LAYOUT_PLAIN
+        };
         let mut put = |at: usize, bytes: &[u8]| {
             // The offsets are constant and within the inode.
             if let Some(part) = inode.get_mut(at..at + bytes.len()) {

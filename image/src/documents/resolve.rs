@@ -47,7 +47,7 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
     type Present = Option<serde::de::IgnoredAny>;
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
-    struct Shape {
+    struct DocumentMembers {
         schema_version: Option<u64>,
         media_type: Option<String>,
         manifests: Present,
@@ -59,30 +59,33 @@ fn parse_document(bytes: &[u8], media_type: Option<&str>) -> Result<Document, Er
     if bytes.trim_ascii_start().first() != Some(&b'{') {
         return Err(Error::document("manifest", "it is not an object"));
     }
-    let shape: Shape = parse(bytes, "manifest")?;
-    let said = [shape.media_type.as_deref(), media_type];
-    if shape.schema_version == Some(1)
-        || shape.fs_layers.is_some()
-        || said.iter().flatten().any(|said| is_schema_1(said))
+    let members: DocumentMembers = parse(bytes, "manifest")?;
+    let declared = [members.media_type.as_deref(), media_type];
+    if members.schema_version == Some(1)
+        || members.fs_layers.is_some()
+        || declared
+            .iter()
+            .flatten()
+            .any(|declared| is_schema_1(declared))
     {
         let text = "it has Docker's schema 1, which does not identify the contents of layers; \
                     push the image again with any Docker or Podman since 2016";
         let reason = Cause::new(ErrorKind::Unsupported, text);
         return Err(Error::document("manifest", reason));
     }
-    let is_index = shape.manifests.is_some();
-    if is_index && (shape.config.is_some() || shape.layers.is_some()) {
+    let is_index = members.manifests.is_some();
+    if is_index && (members.config.is_some() || members.layers.is_some()) {
         let text = "it is an index and a manifest at once (CVE-2021-41190)";
         return Err(Error::document("manifest", text));
     }
-    for said in said.into_iter().flatten() {
+    for declared in declared.into_iter().flatten() {
         let contradicted = match is_index {
-            true => matches!(said, OCI_MANIFEST | DOCKER_MANIFEST),
-            false => matches!(said, OCI_INDEX | DOCKER_LIST),
+            true => matches!(declared, OCI_MANIFEST | DOCKER_MANIFEST),
+            false => matches!(declared, OCI_INDEX | DOCKER_LIST),
         };
         if contradicted {
             let kind = if is_index { "an index" } else { "a manifest" };
-            let text = format!("it is {kind}, but called \"{said}\" (CVE-2021-41190)");
+            let text = format!("it is {kind}, but called \"{declared}\" (CVE-2021-41190)");
             return Err(Error::document("manifest", text));
         }
     }

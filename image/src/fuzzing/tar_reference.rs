@@ -4,7 +4,7 @@
 //! An archive that all three accept must have the same entries for all, or for this
 //! reader and one of the others. An archive that only the others accept must be refused
 //! for a reason in [`STRICT`]. No archive may be accepted by this reader alone. Where both
-//! others differ from Go's `archive/tar`, this reader follows Go; [`AS_GO`] has archives
+//! others differ from Go's `archive/tar`, this reader follows Go; [`SAME_AS_GO`] has archives
 //! that show all known cases.
 
 mod references;
@@ -41,7 +41,7 @@ const STRICT: &[&str] = &[
 
 /// Seeds of damaged archives whose entries are those of Go's `archive/tar`, which differ
 /// from those of both others, with the reasons.
-const AS_GO: &[(u64, &str)] = &[
+const SAME_AS_GO: &[(u64, &str)] = &[
     (
         6703,
         "the mode is \" \\0 755 \": Go removes zeros and blanks before a number in any order",
@@ -248,7 +248,7 @@ fn damaged_archives_are_listed_as_others_list_them() {
     if !sm_test_needs::programs(&["python3", "tar"]) {
         return;
     }
-    let is_listed = |seed: &u64| AS_GO.iter().any(|(listed, _)| listed == seed);
+    let is_listed = |seed: &u64| SAME_AS_GO.iter().any(|(listed, _)| listed == seed);
     run(seeds().filter(|seed| !is_listed(seed)), streams::mutated);
 }
 
@@ -257,7 +257,7 @@ fn damaged_archives_are_listed_as_in_go_where_both_others_differ() {
     if !sm_test_needs::programs(&["python3", "tar"]) {
         return;
     }
-    for (seed, reason) in AS_GO {
+    for (seed, reason) in SAME_AS_GO {
         let mut tally = BTreeMap::new();
         let different = compare(&[streams::mutated(*seed)], &mut tally);
         assert!(tally.contains_key(OTHER), "{seed}, {reason}: {tally:?}");

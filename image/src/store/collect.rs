@@ -101,9 +101,16 @@ impl Store {
     pub fn remove(&self, query: &str, users: FindUsers<'_>) -> Result<Pruned, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
         let (found, by_name) = self.lookup(query)?;
-        let mut alone = Exclusive::new(self, lock, users, None)?;
-        let names = alone.names.get(&found.digest).cloned().unwrap_or_default();
-        let user = alone.users.get(&found.digest).and_then(|all| all.first());
+        let mut exclusive = Exclusive::new(self, lock, users, None)?;
+        let names = exclusive
+            .names
+            .get(&found.digest)
+            .cloned()
+            .unwrap_or_default();
+        let user = exclusive
+            .users
+            .get(&found.digest)
+            .and_then(|all| all.first());
         // Another name of the image may be removed.
         if let Some(user) = user.filter(|_| names.len() <= 1 || !by_name) {
             return Err(Error::Used {
@@ -112,11 +119,11 @@ impl Store {
             });
         }
         match by_name {
-            true => alone.forget(found.digest, Some(&found.reference))?,
-            false => alone.forget(found.digest, None)?,
+            true => exclusive.remove_names(found.digest, Some(&found.reference))?,
+            false => exclusive.remove_names(found.digest, None)?,
         }
-        alone.collect()?;
-        Ok(alone.pruned)
+        exclusive.collect()?;
+        Ok(exclusive.pruned)
     }
 
     /// Removes data that is not needed; see [`PruneOptions`]. Images that `users` returns
@@ -138,7 +145,7 @@ impl Store {
         options: PruneOptions,
         users: FindUsers<'_>,
     ) -> Result<Option<Pruned>, Error> {
-        match self.try_lock_alone()? {
+        match self.try_lock_exclusive()? {
             Some(lock) => Exclusive::new(self, lock, users, None)?
                 .prune(options)
                 .map(Some),
@@ -157,19 +164,19 @@ impl Store {
         users: FindUsers<'_>,
     ) -> Result<bool, Error> {
         let lock = self.lock(FlockOperation::LockExclusive)?;
-        let alone = Exclusive::new(self, lock, users, Some(own))?;
-        if alone.is_claimed(image) {
+        let exclusive = Exclusive::new(self, lock, users, Some(own))?;
+        if exclusive.is_claimed(image) {
             return Ok(false);
         }
         for path in damaged.iter().map(Damaged::path) {
             let is_part = |digest: Digest, record: &DiskRecord| {
                 self.disk_path(digest) == path || self.parts(digest, record).contains(path)
             };
-            let mut records = alone.records.iter();
+            let mut records = exclusive.records.iter();
             let claimed = records
-                .any(|(digest, record)| is_part(*digest, record) && alone.is_claimed(*digest));
+                .any(|(digest, record)| is_part(*digest, record) && exclusive.is_claimed(*digest));
             // A disk with unknown references may need any layer.
-            if claimed || alone.needed.contains(path) || !alone.unclear.is_empty() {
+            if claimed || exclusive.needed.contains(path) || !exclusive.unclear.is_empty() {
                 return Ok(false);
             }
         }
@@ -194,7 +201,7 @@ impl Store {
 
     /// Records the use of an image, which determines the order of removal. A store that
     /// is not writable is used without this record.
-    pub(super) fn used_now(&self, digest: Digest) {
+    pub(super) fn touch(&self, digest: Digest) {
         let record = File::open(self.disk_path(digest).join("image.json"));
         if let Ok(record) = record {
             let _ = record.set_modified(SystemTime::now());
@@ -304,22 +311,22 @@ impl<'s> Exclusive<'s> {
         self.unclear_names || self.is_claimed(digest)
     }
 
-    fn stays(&self, digest: Digest) -> bool {
+    fn is_referenced(&self, digest: Digest) -> bool {
         self.names.contains_key(&digest) || self.is_used(digest)
     }
 
     /// Removes one name of an image, or all.
-    fn forget(&mut self, digest: Digest, only: Option<&str>) -> Result<(), Error> {
+    fn remove_names(&mut self, digest: Digest, only: Option<&str>) -> Result<(), Error> {
         let names = self.names.remove(&digest).unwrap_or_default();
-        let (mut gone, left): (Vec<_>, Vec<_>) = names
+        let (mut removed, left): (Vec<_>, Vec<_>) = names
             .into_iter()
             .partition(|name| only.is_none_or(|only| only == name));
-        gone.sort();
+        removed.sort();
         if !left.is_empty() {
             self.names.insert(digest, left);
         }
-        for name in gone {
-            self.store.forget_name(&name)?;
+        for name in removed {
+            self.store.remove_name(&name)?;
             self.pruned.images.push(name);
         }
         Ok(())
@@ -329,7 +336,7 @@ impl<'s> Exclusive<'s> {
         if options.all {
             let unused = self.names.keys().filter(|digest| !self.is_used(**digest));
             for digest in unused.copied().collect::<Vec<_>>() {
-                self.forget(digest, None)?;
+                self.remove_names(digest, None)?;
             }
             self.pruned.images.sort();
         }
@@ -388,12 +395,12 @@ impl<'s> Exclusive<'s> {
                 break;
             }
             // An image that was loaded or imported cannot be pulled again.
-            let again = self.records.get(&digest);
-            let again = again.is_some_and(|record| record.origin.is_some());
-            if !again || self.is_used(digest) {
+            let refetchable = self.records.get(&digest);
+            let refetchable = refetchable.is_some_and(|record| record.origin.is_some());
+            if !refetchable || self.is_used(digest) {
                 continue;
             }
-            self.forget(digest, None)?;
+            self.remove_names(digest, None)?;
             let before = self.pruned.bytes;
             self.discard_disk(digest)?;
             size = size.saturating_sub(self.pruned.bytes - before);
@@ -453,7 +460,7 @@ impl<'s> Exclusive<'s> {
     fn collect(&mut self) -> Result<(), Error> {
         for path in entries(&self.store.root.join("disks"))? {
             match digest_of(&path) {
-                Some(digest) if self.stays(digest) => {}
+                Some(digest) if self.is_referenced(digest) => {}
                 Some(digest) => self.discard_disk(digest)?,
                 None => {}
             }

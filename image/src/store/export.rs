@@ -218,7 +218,7 @@ impl Store {
         };
         let sizes = missing.iter();
         let sizes = sizes.map(|layer| (layer.digest, layer.size.unwrap_or(0)));
-        self.check_room(&sizes.collect())?;
+        self.check_free_space(&sizes.collect())?;
         let of = image.layers.len();
         for (number, layer) in (1..).zip(&image.layers) {
             if !missing.iter().any(|wanted| wanted.digest == layer.digest) {

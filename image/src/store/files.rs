@@ -57,7 +57,7 @@ impl Store {
     }
 
     /// Takes the exclusive lock of the store, unless another process uses the store.
-    pub(super) fn try_lock_alone(&self) -> Result<Option<File>, Error> {
+    pub(super) fn try_lock_exclusive(&self) -> Result<Option<File>, Error> {
         let path = self.root.join("lock");
         let file = open_lock(&path)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {

@@ -107,7 +107,7 @@ impl Store {
     /// The store cannot be read.
     pub fn has(&self, reference: &Reference, platform: Option<&Platform>) -> Result<bool, Error> {
         if let Reference::Docker(name) = reference {
-            let stored = self.at_hand(name)?;
+            let stored = self.stored_by_name(name)?;
             return Ok(stored.is_some_and(|stored| stored.serves(platform)));
         }
         match self.find(&absolute(reference)) {
@@ -119,7 +119,10 @@ impl Store {
 
     /// Finds a name without a transport in the store: as a name, or as the prefix of an
     /// ID.
-    pub(super) fn at_hand(&self, name: &DockerReference) -> Result<Option<StoredImage>, Error> {
+    pub(super) fn stored_by_name(
+        &self,
+        name: &DockerReference,
+    ) -> Result<Option<StoredImage>, Error> {
         let text = name.to_string();
         let bare = text.strip_suffix(":latest").unwrap_or(&text);
         let is_id = bare.len() >= SHORTEST_ID && bare.bytes().all(|b| b.is_ascii_hexdigit());
@@ -170,7 +173,7 @@ impl Store {
         self.write_json(&self.ref_path(&summary.reference), summary)
     }
 
-    pub(super) fn forget_name(&self, reference: &str) -> Result<(), Error> {
+    pub(super) fn remove_name(&self, reference: &str) -> Result<(), Error> {
         let path = self.ref_path(reference);
         fs::remove_file(&path).map_err(Error::file("remove", &path))
     }

@@ -9,7 +9,7 @@ use crate::progress::{Progress, Report};
 
 /// Maximum number of layers that are read concurrently, if there are enough CPUs: one
 /// more than Docker downloads.
-const MOST_AT_ONCE: usize = 4;
+const MAX_CONCURRENT: usize = 4;
 
 /// Options of importing an image into the store.
 #[derive(Clone)]
@@ -23,7 +23,7 @@ pub struct PullOptions<'a> {
     /// Cancels the operation.
     pub cancel: Cancel,
     /// Maximum number of layers that are read concurrently.
-    pub at_once: NonZero<usize>,
+    pub max_concurrent: NonZero<usize>,
     /// Store the original layers of registries in addition to the converted ones, so that
     /// pushing and saving produce the same bytes.
     pub store_compressed: bool,
@@ -36,7 +36,7 @@ impl Default for PullOptions<'_> {
             platform: None,
             report: &|_| {},
             cancel: Cancel::new(),
-            at_once: cpus.min(NonZero::new(MOST_AT_ONCE).unwrap_or(cpus)),
+            max_concurrent: cpus.min(NonZero::new(MAX_CONCURRENT).unwrap_or(cpus)),
             store_compressed: true,
         }
     }
@@ -70,10 +70,13 @@ impl<'a> PullOptions<'a> {
         Self { cancel, ..self }
     }
 
-    /// Sets the field `at_once`.
+    /// Sets the field `max_concurrent`.
     #[must_use]
-    pub fn at_once(self, at_once: NonZero<usize>) -> Self {
-        Self { at_once, ..self }
+    pub fn max_concurrent(self, max_concurrent: NonZero<usize>) -> Self {
+        Self {
+            max_concurrent,
+            ..self
+        }
     }
 
     /// Sets the field `store_compressed`.
@@ -90,7 +93,7 @@ impl std::fmt::Debug for PullOptions<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PullOptions")
             .field("platform", &self.platform)
-            .field("at_once", &self.at_once)
+            .field("max_concurrent", &self.max_concurrent)
             .field("store_compressed", &self.store_compressed)
             .finish_non_exhaustive()
     }

@@ -42,10 +42,10 @@ impl Store {
     ) -> Result<StoredImage, Error> {
         if let Reference::Docker(name) = reference {
             let _in_use = self.lock(FlockOperation::LockShared)?;
-            if let Some(stored) = self.at_hand(name)?
+            if let Some(stored) = self.stored_by_name(name)?
                 && stored.serves(options.platform.as_ref())
             {
-                self.used_now(stored.digest);
+                self.touch(stored.digest);
                 return Ok(stored);
             }
         }
@@ -71,7 +71,7 @@ impl Store {
         let Some(source) = source::open(reference, session)? else {
             let _in_use = self.lock(FlockOperation::LockShared)?;
             let named = self.find(&reference.to_string())?;
-            self.used_now(named.digest);
+            self.touch(named.digest);
             let stored = self
                 .stored(named.digest)?
                 .ok_or_else(|| Error::unknown(reference, "its disk is missing from the store"))?;
@@ -80,12 +80,13 @@ impl Store {
         };
         let name = absolute(reference);
         if let Some(stored) = self.known(&*source, &name, options.platform.as_ref())? {
-            self.used_now(stored.digest);
+            self.touch(stored.digest);
             return Ok(stored);
         }
         let image = source.image(options.platform.as_ref())?;
-        let keep = options.store_compressed && matches!(reference, Reference::Docker(_));
-        work.import_image(&*source, &image, &name, keep, options)
+        let store_compressed =
+            options.store_compressed && matches!(reference, Reference::Docker(_));
+        work.import_image(&*source, &image, &name, store_compressed, options)
     }
 
     /// Returns the image with this name, if the source reports its identity without
@@ -137,7 +138,7 @@ impl Work {
         source: &dyn Source,
         image: &SourceImage,
         name: &str,
-        keep: bool,
+        store_compressed: bool,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
         let store = &self.store;
@@ -151,11 +152,11 @@ impl Work {
                 let _creating = store.lock_creation("disk", image.digest, &options.message())?;
                 match store.stored(image.digest)? {
                     Some(stored) => stored,
-                    None => store.create(source, image, name, keep, options)?,
+                    None => store.create(source, image, name, store_compressed, options)?,
                 }
             }
         };
-        store.used_now(stored.digest);
+        store.touch(stored.digest);
         store.name(name, image.named, &stored)?;
         Ok(stored)
     }
@@ -167,13 +168,13 @@ impl Store {
         source: &dyn Source,
         image: &SourceImage,
         name: &str,
-        keep: bool,
+        store_compressed: bool,
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
         let work = Pull {
             store: self,
             source,
-            keep,
+            store_compressed,
             options,
             decoders: Decoders::default(),
         };
@@ -261,7 +262,7 @@ struct Pull<'p> {
     store: &'p Store,
     source: &'p dyn Source,
     /// Also store the original layers.
-    keep: bool,
+    store_compressed: bool,
     options: &'p PullOptions<'p>,
     decoders: Decoders,
 }
@@ -279,7 +280,7 @@ impl Pull<'_> {
                 missing.insert(layer.digest, layer.size.unwrap_or(0));
             }
         }
-        self.store.check_room(&missing)
+        self.store.check_free_space(&missing)
     }
 
     /// Imports all layers, several concurrently.
@@ -308,7 +309,7 @@ impl Pull<'_> {
                 }
             }
         };
-        let workers = self.options.at_once.get().min(layers.len());
+        let workers = self.options.max_concurrent.get().min(layers.len());
         thread::scope(|scope| {
             for _ in 1..workers {
                 scope.spawn(work);
@@ -361,28 +362,31 @@ impl Pull<'_> {
         };
         let stream = self.source.layer(layer)?;
         // A plain tar stream can be reconstructed, so it need not be stored.
-        let keep = self.keep && layer.size.is_some() && layer.digest != layer.diff_id;
+        let store_compressed =
+            self.store_compressed && layer.size.is_some() && layer.digest != layer.diff_id;
         let beside = self.store.temporary()?;
-        let kept_path = beside.path().join("kept");
-        let kept = keep.then(|| create(&kept_path)).transpose()?;
-        let copy = kept.as_ref().map(File::try_clone).transpose();
-        let copy = copy.map_err(Error::file("write", &kept_path))?;
+        let original_path = beside.path().join("kept");
+        let original = store_compressed
+            .then(|| create(&original_path))
+            .transpose()?;
+        let copy = original.as_ref().map(File::try_clone).transpose();
+        let copy = copy.map_err(Error::file("write", &original_path))?;
         let failed = Mutex::new(None);
         let stream = Tee {
             inner: stream,
-            kept: copy.map(|file| BufWriter::with_capacity(1 << 20, file)),
+            original: copy.map(|file| BufWriter::with_capacity(1 << 20, file)),
             failed: &failed,
         };
         let (store, decoders) = (self.store, &self.decoders);
-        let converted = store.convert(stream, &expected, decoders, kept.as_ref(), progress);
+        let converted = store.convert(stream, &expected, decoders, original.as_ref(), progress);
         // This error takes precedence over errors that it caused.
         if let Some(error) = lock(&failed).take() {
-            return Err(Error::file("write", &kept_path)(error));
+            return Err(Error::file("write", &original_path)(error));
         }
         converted?;
-        if keep {
+        if store_compressed {
             // The digest has been checked.
-            self.store.store_blob(layer.digest, &kept_path)?;
+            self.store.store_blob(layer.digest, &original_path)?;
         }
         Ok(())
     }
@@ -451,7 +455,7 @@ impl Store {
 
     /// Checks layers of these sizes against the limits, and their sum against the free
     /// space. (The converted data takes at least as much.)
-    pub(super) fn check_room(&self, sizes: &BTreeMap<Digest, u64>) -> Result<(), Error> {
+    pub(super) fn check_free_space(&self, sizes: &BTreeMap<Digest, u64>) -> Result<(), Error> {
         let mut needed: u64 = 0;
         for (digest, size) in sizes {
             layer::check_stated(*digest, *size, self.limits)?;
@@ -474,7 +478,7 @@ impl Store {
 /// A reader that also writes the data to a file.
 struct Tee<'f, R> {
     inner: R,
-    kept: Option<BufWriter<File>>,
+    original: Option<BufWriter<File>>,
     /// Error of writing the file, which is not an error of the stream.
     failed: &'f Mutex<Option<io::Error>>,
 }
@@ -482,10 +486,10 @@ struct Tee<'f, R> {
 impl<R: Read> Read for Tee<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        if let Some(kept) = &mut self.kept {
+        if let Some(original) = &mut self.original {
             let written = match count {
-                0 => kept.flush(),
-                count => kept.write_all(buffer.get(..count).unwrap_or_default()),
+                0 => original.flush(),
+                count => original.write_all(buffer.get(..count).unwrap_or_default()),
             };
             if let Err(error) = written {
                 let kind = error.kind();

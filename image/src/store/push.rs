@@ -84,7 +84,7 @@ impl Push<'_> {
                 }
             }
         };
-        let workers = self.options.at_once.get().min(image.layers.len());
+        let workers = self.options.max_concurrent.get().min(image.layers.len());
         thread::scope(|scope| {
             for _ in 1..workers {
                 scope.spawn(work);

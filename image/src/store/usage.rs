@@ -65,7 +65,7 @@ impl Store {
             }
         }
         let mut images = Vec::new();
-        let mut kept = BTreeSet::new();
+        let mut all_streams = BTreeSet::new();
         for (digest, record) in &records {
             let disk = self.disk_path(*digest);
             let layers: BTreeSet<_> = record.layers.iter().map(|layer| layer.diff_id).collect();
@@ -91,14 +91,14 @@ impl Store {
             }
             for stream in streams {
                 usage.compressed += size_on_disk(&self.blob_path(stream));
-                kept.insert(stream);
+                all_streams.insert(stream);
             }
             images.push(usage);
         }
         Ok(Usage {
             images,
             total: self.size()?,
-            compressed: kept
+            compressed: all_streams
                 .iter()
                 .map(|digest| size_on_disk(&self.blob_path(*digest)))
                 .sum(),

@@ -117,9 +117,9 @@ impl Check<'_> {
             self.problem(format!("layer {name} is missing or truncated"), &path);
             return Ok(None);
         };
-        let again = tempfile::tempfile_in(&self.store.tmp);
-        let again = again.map_err(Error::file("create a file in", &self.store.root))?;
-        let found = match layer::index_again(self.store.assemble(name)?, &again) {
+        let rebuilt = tempfile::tempfile_in(&self.store.tmp);
+        let rebuilt = rebuilt.map_err(Error::file("create a file in", &self.store.root))?;
+        let found = match layer::index_again(self.store.assemble(name)?, &rebuilt) {
             Err(error) if is_damage(&error) => {
                 self.problem(format!("layer {name} is damaged: {error}"), &path);
                 return Ok(None);
@@ -139,7 +139,7 @@ impl Check<'_> {
         let totals = found.index?;
         self.verified.bytes += totals.tar_len;
         let index = stored.file("index")?;
-        if same(&index, &again).map_err(Error::file("read", &path.join("index")))? {
+        if same(&index, &rebuilt).map_err(Error::file("read", &path.join("index")))? {
             return Ok(Some(stored));
         }
         self.problem(format!("the index of layer {name} is damaged"), &path);
@@ -170,8 +170,9 @@ impl Check<'_> {
         layers: &mut [StoredLayer],
     ) -> Result<(), Error> {
         let created = self.store.temporary()?;
-        let again = super::files::create(&created.path().join("meta.erofs"))?;
-        self.store.write_metadata(digest, record, layers, &again)?;
+        let rebuilt = super::files::create(&created.path().join("meta.erofs"))?;
+        self.store
+            .write_metadata(digest, record, layers, &rebuilt)?;
         let disk = self.store.disk_path(digest);
         let path = disk.join("meta.erofs");
         let stored = match File::open(&path) {
@@ -181,7 +182,7 @@ impl Check<'_> {
             }
             opened => opened.map_err(Error::file("open", &path))?,
         };
-        if !same(&stored, &again).map_err(Error::file("read", &path))? {
+        if !same(&stored, &rebuilt).map_err(Error::file("read", &path))? {
             self.problem("the metadata image is damaged".to_owned(), &disk);
         }
         Ok(())

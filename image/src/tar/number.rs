@@ -1,9 +1,9 @@
 //! Parsing of numbers in headers.
 
-use super::{BLOCK, TarError, bad, field, until_nul};
+use super::{BLOCK, TarError, field, invalid, until_nul};
 
 pub(super) fn small(bytes: &[u8]) -> Result<u32, TarError> {
-    u32::try_from(number(bytes)?).map_err(|_| bad("a number is out of range"))
+    u32::try_from(number(bytes)?).map_err(|_| invalid("a number is out of range"))
 }
 
 /// As [`number`], with negative numbers in base 256 as two's complement.
@@ -25,7 +25,7 @@ pub(super) fn signed(bytes: &[u8]) -> Result<i64, TarError> {
 /// refused.
 pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
     match bytes.first() {
-        Some(first) if first & 0xc0 == 0xc0 => Err(bad("a number in a header is negative")),
+        Some(first) if first & 0xc0 == 0xc0 => Err(invalid("a number in a header is negative")),
         Some(first) if first & 0x80 != 0 => {
             let mut value = u64::from(first & 0x7f);
             for byte in bytes.iter().skip(1) {
@@ -52,7 +52,7 @@ pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
 }
 
 fn malformed() -> TarError {
-    bad("a number in a header is malformed: it is not a tar archive")
+    invalid("a number in a header is malformed: it is not a tar archive")
 }
 
 /// Checks that all numbers in a header are valid, including unused ones, as Go's reader

@@ -1,7 +1,7 @@
 //! Pax records: `LENGTH KEY=VALUE\n` (POSIX pax, "pax Extended Header").
 
 use super::sparse::PaxSparse;
-use super::{TarError, bad, check_device};
+use super::{TarError, check_device, invalid};
 
 /// Values of extended headers for the following entry.
 #[derive(Clone, Default)]
@@ -18,14 +18,16 @@ pub(super) struct Extended {
 
 impl Extended {
     pub(super) fn apply(&mut self, key: &[u8], value: &[u8]) -> Result<(), TarError> {
-        let text =
-            || std::str::from_utf8(value).map_err(|_| bad("a number in a pax header is malformed"));
+        let text = || {
+            std::str::from_utf8(value).map_err(|_| invalid("a number in a pax header is malformed"))
+        };
         let parse = |text: &str| {
             text.parse::<u64>()
-                .map_err(|_| bad("a number in a pax header is malformed"))
+                .map_err(|_| invalid("a number in a pax header is malformed"))
         };
         let id = |text: &str| {
-            u32::try_from(parse(text)?).map_err(|_| bad("a number in a pax header is out of range"))
+            u32::try_from(parse(text)?)
+                .map_err(|_| invalid("a number in a pax header is out of range"))
         };
         match key {
             // An empty value restores the header's own value.
@@ -40,8 +42,8 @@ impl Extended {
             b"uid" => self.uid = Some(id(text()?)?),
             b"gid" => self.gid = Some(id(text()?)?),
             b"mtime" => {
-                let time =
-                    pax_time(text()?).ok_or_else(|| bad("a time in a pax header is malformed"))?;
+                let time = pax_time(text()?)
+                    .ok_or_else(|| invalid("a time in a pax header is malformed"))?;
                 self.mtime = Some(time);
             }
             _ => {

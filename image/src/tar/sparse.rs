@@ -4,7 +4,7 @@
 
 use std::io::Read;
 
-use super::{BLOCK, TarError, bad, field, number};
+use super::{BLOCK, TarError, field, invalid, number};
 
 /// Maximum number of parts of a sparse file.
 const MAX_EXTENTS: usize = 1 << 18;
@@ -37,7 +37,7 @@ impl SparseMap {
 
     fn push(&mut self, extent: (u64, u64)) -> Result<(), TarError> {
         if self.extents.len() >= MAX_EXTENTS {
-            return Err(bad("a sparse file has too many parts"));
+            return Err(invalid("a sparse file has too many parts"));
         }
         self.extents.push(extent);
         Ok(())
@@ -45,7 +45,7 @@ impl SparseMap {
 }
 
 fn malformed() -> TarError {
-    bad("its map of a sparse file is malformed")
+    invalid("its map of a sparse file is malformed")
 }
 
 /// Pax records about a sparse file.
@@ -105,7 +105,7 @@ impl PaxSparse {
         match self.major {
             Some(1) => read_map(map, data).map(Some),
             Some(0) | None => Ok(Some((map, 0))),
-            Some(_) => Err(bad("its version of sparse files is not known")),
+            Some(_) => Err(invalid("its version of sparse files is not known")),
         }
     }
 }

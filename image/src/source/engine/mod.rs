@@ -26,7 +26,7 @@ use crate::platform::Platform;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum time without data from an engine. An engine collects all layers before it
 /// sends the first byte.
-const SILENCE: Duration = Duration::from_secs(1800);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Maximum size of an answer other than an image, in bytes.
 const MAX_ANSWER: u64 = 4 << 20;
 /// Maximum number of characters of an error that are shown.
@@ -61,8 +61,8 @@ impl<'s> Engine<'s> {
                 .http_status_as_error(false)
                 .user_agent(concat!("sm/", env!("CARGO_PKG_VERSION")))
                 .timeout_connect(Some(CONNECT_TIMEOUT))
-                .timeout_recv_response(Some(SILENCE))
-                .timeout_per_read(Some(SILENCE))
+                .timeout_recv_response(Some(IDLE_TIMEOUT))
+                .timeout_per_read(Some(IDLE_TIMEOUT))
                 .max_redirects(0)
                 .max_redirects_will_error(false)
                 .proxy(None)
@@ -141,7 +141,7 @@ impl<'s> Engine<'s> {
     }
 
     /// Requests data about the image at `path`.
-    fn ask(&self, path: &str) -> Result<Response<Body>, Error> {
+    fn send_request(&self, path: &str) -> Result<Response<Body>, Error> {
         let mut response = self.get(&format!("/images/{}/{path}", self.name))?;
         let status = response.status().as_u16();
         match status {
@@ -151,13 +151,13 @@ impl<'s> Engine<'s> {
                 format!("the engine at {} has none", self.host),
             )),
             401 | 403 => {
-                let said = explanation(&mut response);
-                let text = format!("it answers {status}{said}");
+                let detail = explanation(&mut response);
+                let text = format!("it answers {status}{detail}");
                 Err(self.error(Cause::new(ErrorKind::Unauthorized, text)))
             }
             _ => {
-                let said = explanation(&mut response);
-                Err(self.error(format!("it answers {status}{said}")))
+                let detail = explanation(&mut response);
+                Err(self.error(format!("it answers {status}{detail}")))
             }
         }
     }
@@ -167,7 +167,7 @@ impl<'s> Engine<'s> {
         if let Some(bundle) = self.bundle.get() {
             return Ok(bundle);
         }
-        let response = self.ask("get")?;
+        let response = self.send_request("get")?;
         let label = format!("docker-daemon:{}", self.name);
         (self.session.message)(&format!("receiving {} from {}", self.name, self.host));
         let body = Received(response.into_body().into_reader());
@@ -204,7 +204,7 @@ impl Source for Engine<'_> {
             id: String,
         }
         let mut bytes = Vec::new();
-        let mut response = self.ask("json")?;
+        let mut response = self.send_request("json")?;
         let body = response.body_mut().as_reader();
         let read = body.take(MAX_ANSWER).read_to_end(&mut bytes);
         read.map_err(|error| self.error(Cause::of(&error)))?;

@@ -12,8 +12,8 @@ use ureq::http::{HeaderMap, Method, StatusCode, Uri, header};
 
 use super::challenge::Challenge;
 use super::credentials::{self, Credentials};
-use super::failure::{Failure, asked_pause};
-use super::http::{Answer, Ask, Http};
+use super::failure::{Failure, requested_pause};
+use super::http::{Answer, Http, HttpRequest};
 use super::url::escape;
 use crate::error::{Cause, ErrorKind};
 
@@ -116,13 +116,13 @@ impl Authorizer {
 
     /// Returns the scopes to request: the one in the challenge, and those of the intended
     /// operations unless the challenge covers them.
-    fn scopes<'a>(&'a self, asked: Option<&'a str>) -> Vec<&'a str> {
+    fn scopes<'a>(&'a self, requested: Option<&'a str>) -> Vec<&'a str> {
         let reads_only = |scope: &String| scope.ends_with(":pull");
-        match asked {
-            Some(asked) if self.scopes.iter().all(reads_only) => vec![asked],
-            Some(asked) if !self.scopes.iter().any(|scope| scope == asked) => {
+        match requested {
+            Some(requested) if self.scopes.iter().all(reads_only) => vec![requested],
+            Some(requested) if !self.scopes.iter().any(|scope| scope == requested) => {
                 let own = self.scopes.iter().map(String::as_str);
-                own.chain([asked]).collect()
+                own.chain([requested]).collect()
             }
             _ => self.scopes.iter().map(String::as_str).collect(),
         }
@@ -167,13 +167,13 @@ impl Authorizer {
                 ];
                 form.extend(service.map(|service| ("service", service)));
                 let body = form_encoded(&form);
-                let ask = Ask {
+                let http_request = HttpRequest {
                     method: Method::POST,
                     uri: location,
                     headers: vec![(header::CONTENT_TYPE, "application/x-www-form-urlencoded")],
                     authorization: None,
                 };
-                http.send(&ask, SendBody::from_reader(&mut body.as_bytes()))
+                http.send(&http_request, SendBody::from_reader(&mut body.as_bytes()))
             }
             credentials => {
                 let mut query: Vec<_> = scopes.iter().map(|scope| ("scope", *scope)).collect();
@@ -184,7 +184,7 @@ impl Authorizer {
                     Some(Credentials::Password { user, password }) => Some(basic(user, password)),
                     _ => None,
                 };
-                http.ask(&Ask {
+                http.send_request(&HttpRequest {
                     method: Method::GET,
                     uri: text.parse().map_err(|_| senseless())?,
                     headers: Vec::new(),
@@ -207,9 +207,9 @@ impl Authorizer {
         let mut response = answer.response;
         let status = response.status();
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            let asked = asked_pause(&response);
+            let requested = requested_pause(&response);
             let text = format!("its token server answers {status}");
-            return Err(Failure::passing(text, asked));
+            return Err(Failure::passing(text, requested));
         }
         if !status.is_success() {
             let kind = match status.as_u16() {
@@ -266,10 +266,10 @@ mod tests {
 
     #[test]
     fn tokens_are_requested_with_the_needed_scopes() {
-        let scopes = |own: &[&str], asked| {
+        let scopes = |own: &[&str], requested| {
             let own = own.iter().map(|scope| (*scope).to_owned()).collect();
             let authorizer = Authorizer::new("r", "a", own);
-            authorizer.scopes(asked).join(" ")
+            authorizer.scopes(requested).join(" ")
         };
         assert_eq!(scopes(&["repository:a:pull"], None), "repository:a:pull");
         // A registry that is a proxy may use other scope names.

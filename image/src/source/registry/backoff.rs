@@ -62,20 +62,24 @@ impl<'s> Backoff<'s> {
         }
     }
 
-    /// Waits until the next attempt: for the pause that `registry` has `asked` for, or for a
+    /// Waits until the next attempt: for the pause `requested` by `registry`, or for a
     /// random time whose maximum doubles with each attempt.
-    pub(super) fn again(&mut self, registry: &str, asked: Option<Duration>) -> Result<(), NoRetry> {
+    pub(super) fn wait_for_retry(
+        &mut self,
+        registry: &str,
+        requested: Option<Duration>,
+    ) -> Result<(), NoRetry> {
         if self.session.cancel.is_cancelled() {
             return Err(NoRetry::Cancelled);
         }
         if self.attempted >= self.attempts {
             return Err(NoRetry::Attempts(self.attempted));
         }
-        let pause = asked.unwrap_or_else(|| jittered(self.pause));
+        let pause = requested.unwrap_or_else(|| jittered(self.pause));
         if pause > LONGEST_PAUSE || self.waited + pause > LONGEST_WAIT {
             return Err(NoRetry::TooLong(pause));
         }
-        if asked.is_some_and(|asked| asked >= Duration::from_secs(1)) {
+        if requested.is_some_and(|requested| requested >= Duration::from_secs(1)) {
             let seconds = pause.as_secs();
             (self.session.message)(&format!("waiting {seconds} s, as requested by {registry}"));
         }
@@ -206,13 +210,13 @@ mod tests {
         };
         let now = Some(Duration::ZERO);
         let mut backoff = Backoff::new(session, 3);
-        assert_eq!(backoff.again("r", now), Ok(()));
-        assert_eq!(backoff.again("r", now), Ok(()));
-        assert_eq!(backoff.again("r", now), Err(NoRetry::Attempts(3)));
+        assert_eq!(backoff.wait_for_retry("r", now), Ok(()));
+        assert_eq!(backoff.wait_for_retry("r", now), Ok(()));
+        assert_eq!(backoff.wait_for_retry("r", now), Err(NoRetry::Attempts(3)));
 
         let long = Duration::from_secs(3600);
         let mut backoff = Backoff::new(session, 3);
-        let over = backoff.again("r", Some(long)).unwrap_err();
+        let over = backoff.wait_for_retry("r", Some(long)).unwrap_err();
         assert_eq!(over, NoRetry::TooLong(long));
         assert!(over.to_string().contains("3600 s"));
         assert!(said.lock().unwrap().is_empty());
@@ -220,7 +224,7 @@ mod tests {
         // Cancellation during a wait, which is reported before.
         let mut backoff = Backoff::new(session, 3);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| backoff.again("r.example", Some(LONGEST_PAUSE)));
+            let waiting = scope.spawn(|| backoff.wait_for_retry("r.example", Some(LONGEST_PAUSE)));
             while said.lock().unwrap().is_empty() {
                 std::thread::yield_now();
             }
@@ -231,7 +235,7 @@ mod tests {
             said.lock().unwrap()[0],
             "waiting 120 s, as requested by r.example"
         );
-        assert_eq!(backoff.again("r", now), Err(NoRetry::Cancelled));
+        assert_eq!(backoff.wait_for_retry("r", now), Err(NoRetry::Cancelled));
     }
 
     proptest! {

@@ -11,7 +11,7 @@ use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
 
 use super::backoff::Backoff;
-use super::client::{Client, Wanted};
+use super::client::{Client, Resource};
 use super::failure::Failure;
 use crate::digest::Digest;
 use crate::error::{Cause, ErrorKind};
@@ -82,7 +82,7 @@ impl<'a> Blob<'a> {
     }
 
     fn request(&self, client: &Client<'_>) -> Result<Box<dyn Read + Send>, Failure> {
-        let response = client.get_once(Wanted {
+        let response = client.get_once(Resource {
             kind: "blobs",
             name: &self.digest.to_string(),
             accept: ANYTHING,
@@ -93,18 +93,18 @@ impl<'a> Blob<'a> {
             Failure::last(Cause::new(ErrorKind::NotFound, text))
         };
         let response = response.ok_or_else(missing)?;
-        let begins = begins_at(&response, self.size)?;
+        let start = start_offset(&response, self.size)?;
         let announced = response.body().content_length();
-        if announced.is_some_and(|len| len != self.size.saturating_sub(begins)) {
+        if announced.is_some_and(|len| len != self.size.saturating_sub(start)) {
             let len = announced.unwrap_or_default();
             let text = format!(
-                "it announces {len} bytes of blob {} from byte {begins} of {}",
+                "it announces {len} bytes of blob {} from byte {start} of {}",
                 self.digest, self.size
             );
             return Err(Failure::passing(text, None));
         }
         // Some answers start earlier than requested; the known bytes are skipped.
-        let Some(skip) = self.at.checked_sub(begins) else {
+        let Some(skip) = self.at.checked_sub(start) else {
             let text = format!("it omits a part of blob {}", self.digest);
             return Err(Failure::last(text));
         };
@@ -157,13 +157,16 @@ impl<'a> Blob<'a> {
         }
         let error = match failure {
             Failure::Final(reason) => client.error(reason),
-            Failure::Passing(reason, asked) => {
+            Failure::Passing(reason, requested) => {
                 // A connection that delivered data is replaced immediately.
-                let asked = asked.or((self.at > self.begun).then_some(Duration::ZERO));
+                let requested = requested.or((self.at > self.begun).then_some(Duration::ZERO));
                 self.begun = self.at;
-                match self.backoff.again(&client.repository().registry, asked) {
+                match self
+                    .backoff
+                    .wait_for_retry(&client.repository().registry, requested)
+                {
                     Ok(()) => return Ok(()),
-                    Err(over) => client.over(&reason, &over),
+                    Err(no_retry) => client.retry_error(&reason, &no_retry),
                 }
             }
         };
@@ -185,14 +188,14 @@ fn broken(error: &io::Error) -> Failure {
 
 /// Returns the offset of an answer's first byte. A partial answer whose total is not
 /// `size` belongs to another blob.
-fn begins_at(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
+fn start_offset(response: &Response<Body>, size: u64) -> Result<u64, Failure> {
     if response.status() != StatusCode::PARTIAL_CONTENT {
         return Ok(0);
     }
     let range = response.headers().get(header::CONTENT_RANGE);
     let range = range.and_then(|value| parse_range(value.to_str().ok()?));
     match range {
-        Some((begins, total)) if total.is_none_or(|total| total == size) => Ok(begins),
+        Some((start, total)) if total.is_none_or(|total| total == size) => Ok(start),
         _ => {
             let text = "its answer does not state which part of the blob it contains".to_owned();
             Err(Failure::last(text))

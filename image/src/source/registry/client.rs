@@ -12,8 +12,8 @@ use ureq::{Body, SendBody};
 use super::super::repository::Repository;
 use super::auth::Authorizer;
 use super::backoff::{Backoff, NoRetry};
-use super::failure::{Failure, asked_pause};
-use super::http::{Answer, Ask, Http, Trouble};
+use super::failure::{Failure, requested_pause};
+use super::http::{Answer, Http, HttpError, HttpRequest};
 use super::url::is_same_origin;
 use crate::Error;
 use crate::error::{Cause, ErrorKind};
@@ -42,7 +42,7 @@ struct Connection {
 
 /// A resource of a repository, and how it is requested.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted<'a> {
+pub(super) struct Resource<'a> {
     /// `manifests` or `blobs`.
     pub(super) kind: &'a str,
     /// A digest or a tag.
@@ -99,34 +99,37 @@ impl<'s> Client<'s> {
             match once() {
                 Ok(done) => return Ok(done),
                 Err(Failure::Final(reason)) => return Err(self.error(reason)),
-                Err(Failure::Passing(reason, asked)) => {
-                    let again = backoff.again(&self.repository.registry, asked);
-                    again.map_err(|over| self.over(&reason, &over))?;
+                Err(Failure::Passing(reason, requested)) => {
+                    let retry = backoff.wait_for_retry(&self.repository.registry, requested);
+                    retry.map_err(|no_retry| self.retry_error(&reason, &no_retry))?;
                 }
             }
         }
     }
 
-    pub(super) fn over(&self, reason: &Cause, over: &NoRetry) -> Error {
-        let reason = reason.followed_by(over);
-        self.error(match over {
+    pub(super) fn retry_error(&self, reason: &Cause, no_retry: &NoRetry) -> Error {
+        let reason = reason.followed_by(no_retry);
+        self.error(match no_retry {
             NoRetry::Cancelled => reason.of_kind(ErrorKind::Cancelled),
             NoRetry::Attempts(_) | NoRetry::TooLong(_) => reason,
         })
     }
 
     /// Requests a resource once; `None` if the registry does not have it.
-    pub(super) fn get_once(&self, wanted: Wanted<'_>) -> Result<Option<Response<Body>>, Failure> {
-        let path = format!("{}/{}", wanted.kind, wanted.name);
-        let range = format!("bytes={}-", wanted.from);
-        let mut headers = vec![(header::ACCEPT, wanted.accept)];
-        if wanted.from > 0 {
+    pub(super) fn get_once(
+        &self,
+        resource: Resource<'_>,
+    ) -> Result<Option<Response<Body>>, Failure> {
+        let path = format!("{}/{}", resource.kind, resource.name);
+        let range = format!("bytes={}-", resource.from);
+        let mut headers = vec![(header::ACCEPT, resource.accept)];
+        if resource.from > 0 {
             headers.push((header::RANGE, &range));
         }
-        let mut answer = self.ask(Method::GET, &path, &headers)?;
+        let mut answer = self.send_request(Method::GET, &path, &headers)?;
         match answer.status() {
             200 => Ok(Some(answer.response)),
-            206 if wanted.from > 0 => Ok(Some(answer.response)),
+            206 if resource.from > 0 => Ok(Some(answer.response)),
             404 => Ok(None),
             _ => Err(self.failure(&mut answer)),
         }
@@ -134,7 +137,7 @@ impl<'s> Client<'s> {
 
     /// Sends a request without a body for `path` in the repository, with the
     /// authentication that the registry demands.
-    pub(super) fn ask(
+    pub(super) fn send_request(
         &self,
         method: Method,
         path: &str,
@@ -143,7 +146,7 @@ impl<'s> Client<'s> {
         let connection = self.connection()?;
         let uri = self.uri(path)?;
         self.authorized(connection, |authorization| {
-            Ok(connection.http.ask(&Ask {
+            Ok(connection.http.send_request(&HttpRequest {
                 method: method.clone(),
                 uri: uri.clone(),
                 headers: headers.to_vec(),
@@ -165,7 +168,7 @@ impl<'s> Client<'s> {
         let connection = self.connection()?;
         let ours = is_same_origin(uri, &connection.base);
         self.authorized(connection, |authorization| {
-            let ask = Ask {
+            let http_request = HttpRequest {
                 method: method.clone(),
                 uri: uri.clone(),
                 headers: headers.to_vec(),
@@ -174,7 +177,7 @@ impl<'s> Client<'s> {
             let mut body = open()?;
             Ok(connection
                 .http
-                .send(&ask, SendBody::from_reader(&mut *body))?)
+                .send(&http_request, SendBody::from_reader(&mut *body))?)
         })
     }
 
@@ -220,17 +223,17 @@ impl<'s> Client<'s> {
             };
         }
         let response = &mut answer.response;
-        let asked = asked_pause(response);
-        let said = explanation(response).map_or_else(String::new, |said| format!(": {said}"));
+        let requested = requested_pause(response);
+        let detail = explanation(response).map_or_else(String::new, |detail| format!(": {detail}"));
         match status.as_u16() {
             401 | 403 => {
-                let text = format!("{}{said}", self.authorizer.refusal());
+                let text = format!("{}{detail}", self.authorizer.refusal());
                 Failure::last(Cause::new(ErrorKind::Unauthorized, text))
             }
             code if is_passing(code) => {
-                Failure::passing(format!("it answers {status}{said}"), asked)
+                Failure::passing(format!("it answers {status}{detail}"), requested)
             }
-            _ => Failure::last(format!("it answers {status}{said}")),
+            _ => Failure::last(format!("it answers {status}{detail}")),
         }
     }
 }
@@ -297,7 +300,7 @@ impl Connection {
             return false;
         };
         match self.http.probe(&uri) {
-            Err(Trouble::Http(ureq::Error::Io(error))) => {
+            Err(HttpError::Http(ureq::Error::Io(error))) => {
                 is_no_tls(&error)
                     || error.kind() == io::ErrorKind::ConnectionRefused && uri.port().is_none()
             }

@@ -182,11 +182,11 @@ fn run_helper(name: &str, key: &str) -> Option<Credentials> {
         return None;
     }
     let mut helper = Command::new(format!("docker-credential-{name}"));
-    ask(helper.arg("get"), key)
+    query(helper.arg("get"), key)
 }
 
 /// Writes `key` to a helper, and waits for its answer and its exit.
-fn ask(helper: &mut Command, key: &str) -> Option<Credentials> {
+fn query(helper: &mut Command, key: &str) -> Option<Credentials> {
     let mut child = helper
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -275,7 +275,7 @@ mod tests {
         let asked = |script: &str, key: &str| {
             let script = format!("echo $$ >\"$0\"; {script}");
             let mut helper = Command::new("sh");
-            let answer = ask(helper.args(["-c", &script]).arg(&pid), key);
+            let answer = query(helper.args(["-c", &script]).arg(&pid), key);
             let pid = std::fs::read_to_string(&pid).unwrap();
             let process = Path::new("/proc").join(pid.trim());
             assert!(!process.exists(), "{script}");

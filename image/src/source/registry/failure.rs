@@ -7,7 +7,7 @@ use ureq::Body;
 use ureq::http::{Response, header};
 
 use super::backoff::retry_after;
-use super::http::Trouble;
+use super::http::HttpError;
 use crate::error::{Cause, ErrorKind};
 
 /// Failure of a single request.
@@ -23,37 +23,39 @@ impl Failure {
         Self::Final(reason.into())
     }
 
-    pub(super) fn passing(reason: impl Into<Cause>, asked: Option<Duration>) -> Self {
-        Self::Passing(reason.into(), asked)
+    pub(super) fn passing(reason: impl Into<Cause>, pause: Option<Duration>) -> Self {
+        Self::Passing(reason.into(), pause)
     }
 }
 
-impl From<Trouble> for Failure {
+impl From<HttpError> for Failure {
     /// Converts a failure below HTTP. Another attempt may succeed, except after problems
     /// with the certificate or the request.
-    fn from(trouble: Trouble) -> Self {
+    fn from(error: HttpError) -> Self {
         let unreachable = |text: &str| Cause::new(ErrorKind::Unreachable, text);
-        match trouble {
-            Trouble::Astray(reason) => Self::last(reason),
-            Trouble::Http(ureq::Error::Timeout(_)) => {
+        match error {
+            HttpError::ForbiddenRedirect(reason) => Self::last(reason),
+            HttpError::Http(ureq::Error::Timeout(_)) => {
                 Self::Passing(unreachable("it does not answer"), None)
             }
-            Trouble::Http(ureq::Error::Io(error)) if error.kind() != io::ErrorKind::InvalidData => {
+            HttpError::Http(ureq::Error::Io(error))
+                if error.kind() != io::ErrorKind::InvalidData =>
+            {
                 Self::Passing(unreachable(&format!("cannot talk to it: {error}")), None)
             }
-            Trouble::Http(ureq::Error::ConnectionFailed) => {
+            HttpError::Http(ureq::Error::ConnectionFailed) => {
                 Self::Passing(unreachable("cannot connect to it"), None)
             }
-            Trouble::Http(ureq::Error::HostNotFound) => {
+            HttpError::Http(ureq::Error::HostNotFound) => {
                 Self::Final(unreachable("its host name does not resolve"))
             }
-            Trouble::Http(other) => Self::last(other.to_string()),
+            HttpError::Http(other) => Self::last(other.to_string()),
         }
     }
 }
 
 /// Returns the pause that the registry requests.
-pub(super) fn asked_pause(response: &Response<Body>) -> Option<Duration> {
+pub(super) fn requested_pause(response: &Response<Body>) -> Option<Duration> {
     let value = response.headers().get(header::RETRY_AFTER)?;
     retry_after(value.to_str().ok()?, SystemTime::now())
 }

@@ -13,7 +13,7 @@ use crate::cancel::Cancel;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum time without receiving or sending data.
-const SILENCE: Duration = Duration::from_secs(60);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_REDIRECTS: u32 = 10;
 
 /// HTTP agents for a host, directly or through proxies.
@@ -22,19 +22,19 @@ pub(super) struct Http {
     /// Agent for `https` through a proxy, or the reason why the proxy cannot be used.
     secure: Result<Option<Agent>, String>,
     /// Agent for `http` through a proxy, or the reason why the proxy cannot be used.
-    plain: Result<Option<Agent>, String>,
+    http: Result<Option<Agent>, String>,
     proxies: Proxies,
     insecure: bool,
 }
 
 /// Failure of a request.
-pub(super) enum Trouble {
+pub(super) enum HttpError {
     Http(ureq::Error),
     /// The server redirects to an address that is not permitted, for this reason.
-    Astray(String),
+    ForbiddenRedirect(String),
 }
 
-impl From<ureq::Error> for Trouble {
+impl From<ureq::Error> for HttpError {
     fn from(error: ureq::Error) -> Self {
         Self::Http(error)
     }
@@ -65,7 +65,7 @@ impl Answer {
 
 /// A request without a body.
 #[derive(Clone, Debug)]
-pub(super) struct Ask<'a> {
+pub(super) struct HttpRequest<'a> {
     pub(super) method: Method,
     pub(super) uri: Uri,
     pub(super) headers: Vec<(header::HeaderName, &'a str)>,
@@ -91,9 +91,9 @@ impl Http {
                 // A layer is stored with its own compression.
                 .accept_encoding("identity")
                 .timeout_connect(Some(CONNECT_TIMEOUT))
-                .timeout_recv_response(Some(SILENCE))
-                .timeout_per_read(Some(SILENCE))
-                .timeout_per_write(Some(SILENCE))
+                .timeout_recv_response(Some(IDLE_TIMEOUT))
+                .timeout_per_read(Some(IDLE_TIMEOUT))
+                .timeout_per_write(Some(IDLE_TIMEOUT))
                 // Redirections are followed here, with rules for credentials and
                 // protocols.
                 .max_redirects(0)
@@ -113,36 +113,41 @@ impl Http {
         Self {
             direct: agent(None),
             secure: proxied(&proxies.secure),
-            plain: proxied(&proxies.plain),
+            http: proxied(&proxies.http),
             proxies,
             insecure,
         }
     }
 
-    fn agent(&self, uri: &Uri) -> Result<&Agent, Trouble> {
+    fn agent(&self, uri: &Uri) -> Result<&Agent, HttpError> {
         if self.proxies.spare(uri) {
             return Ok(&self.direct);
         }
         let proxied = match uri.scheme_str() {
             Some("https") => &self.secure,
-            _ => &self.plain,
+            _ => &self.http,
         };
         match proxied {
             Ok(proxied) => Ok(proxied.as_ref().unwrap_or(&self.direct)),
-            Err(reason) => Err(Trouble::Astray(reason.clone())),
+            Err(reason) => Err(HttpError::ForbiddenRedirect(reason.clone())),
         }
     }
 
     /// Sends a request and follows redirections: without authorization from the first one
     /// to another host on, and never from `https` to `http` unless the host is insecure.
-    pub(super) fn ask(&self, ask: &Ask<'_>) -> Result<Answer, Trouble> {
-        let mut uri = ask.uri.clone();
+    pub(super) fn send_request(&self, original: &HttpRequest<'_>) -> Result<Answer, HttpError> {
+        let mut uri = original.uri.clone();
         let mut strayed = false;
         for _ in 0..=MAX_REDIRECTS {
-            let authorization = ask.authorization.as_deref();
-            strayed |= !is_same_origin(&uri, &ask.uri);
+            let authorization = original.authorization.as_deref();
+            strayed |= !is_same_origin(&uri, &original.uri);
             let authorization = authorization.filter(|_| !strayed);
-            let request = request(ask.method.clone(), &uri, &ask.headers, authorization);
+            let request = request(
+                original.method.clone(),
+                &uri,
+                &original.headers,
+                authorization,
+            );
             let request = request.body(()).map_err(ureq::Error::from)?;
             let response = self.agent(&uri)?.run(request)?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
@@ -154,13 +159,15 @@ impl Http {
             }
             let location = response.headers().get(header::LOCATION);
             let next = location.and_then(|location| join(&uri, location.to_str().ok()?));
-            let next = next
-                .ok_or_else(|| Trouble::Astray("it redirects to an invalid address".to_owned()))?;
-            self.check_leading(&uri, &next).map_err(Trouble::Astray)?;
+            let next = next.ok_or_else(|| {
+                HttpError::ForbiddenRedirect("it redirects to an invalid address".to_owned())
+            })?;
+            self.check_leading(&uri, &next)
+                .map_err(HttpError::ForbiddenRedirect)?;
             uri = next;
         }
         let text = format!("it redirects more than {MAX_REDIRECTS} times");
-        Err(Trouble::Astray(text))
+        Err(HttpError::ForbiddenRedirect(text))
     }
 
     /// Checks that an answer from `from` may lead to `next`. A step from `https` to
@@ -175,7 +182,7 @@ impl Http {
     }
 
     /// Makes one request without following redirections, to probe an address.
-    pub(super) fn probe(&self, uri: &Uri) -> Result<(), Trouble> {
+    pub(super) fn probe(&self, uri: &Uri) -> Result<(), HttpError> {
         let request = request(Method::GET, uri, &[], None);
         let request = request.body(()).map_err(ureq::Error::from)?;
         self.agent(uri)?.run(request)?;
@@ -183,13 +190,22 @@ impl Http {
     }
 
     /// Sends a body without following redirections.
-    pub(super) fn send(&self, ask: &Ask<'_>, body: SendBody<'_>) -> Result<Answer, Trouble> {
-        let authorization = ask.authorization.as_deref();
-        let request = request(ask.method.clone(), &ask.uri, &ask.headers, authorization);
+    pub(super) fn send(
+        &self,
+        http_request: &HttpRequest<'_>,
+        body: SendBody<'_>,
+    ) -> Result<Answer, HttpError> {
+        let authorization = http_request.authorization.as_deref();
+        let request = request(
+            http_request.method.clone(),
+            &http_request.uri,
+            &http_request.headers,
+            authorization,
+        );
         let request = request.body(body).map_err(ureq::Error::from)?;
         Ok(Answer {
-            response: self.agent(&ask.uri)?.run(request)?,
-            from: ask.uri.clone(),
+            response: self.agent(&http_request.uri)?.run(request)?,
+            from: http_request.uri.clone(),
             strayed: false,
         })
     }

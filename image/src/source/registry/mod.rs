@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ureq::http::header;
 
 use self::blob::Blob;
-use self::client::{Client, Wanted};
+use self::client::{Client, Resource};
 use self::failure::Failure;
 pub use self::push::{OpenBlob, Pushed, Pusher};
 use super::registries::{Locations, Registries};
@@ -92,14 +92,14 @@ impl<'s> Registry<'s> {
         client: &Client<'_>,
         name: &str,
     ) -> Result<(Vec<u8>, Option<String>), Error> {
-        let wanted = Wanted {
+        let resource = Resource {
             kind: "manifests",
             name,
             accept: MANIFESTS,
             from: 0,
         };
         let found = client.with_retries(|| {
-            let Some(mut response) = client.get_once(wanted)? else {
+            let Some(mut response) = client.get_once(resource)? else {
                 return Ok(None);
             };
             let media_type = response.headers().get(header::CONTENT_TYPE);

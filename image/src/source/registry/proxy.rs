@@ -15,7 +15,7 @@ pub(super) struct Proxies {
     /// Proxy for `https`, or the reason why it cannot be used.
     pub(super) secure: Result<Option<Proxy>, String>,
     /// Proxy for `http`, or the reason why it cannot be used.
-    pub(super) plain: Result<Option<Proxy>, String>,
+    pub(super) http: Result<Option<Proxy>, String>,
     none_for: Vec<Exception>,
 }
 
@@ -24,7 +24,7 @@ impl Default for Proxies {
     fn default() -> Self {
         Self {
             secure: Ok(None),
-            plain: Ok(None),
+            http: Ok(None),
             none_for: Vec::new(),
         }
     }
@@ -69,7 +69,7 @@ impl Proxies {
         let none_for = variable("NO_PROXY").unwrap_or_default();
         Self {
             secure: proxy("HTTPS_PROXY"),
-            plain: proxy("HTTP_PROXY"),
+            http: proxy("HTTP_PROXY"),
             none_for: none_for.split(',').filter_map(Exception::parse).collect(),
         }
     }
@@ -187,7 +187,7 @@ mod tests {
         };
         let hosts = |variables: &[(&str, &str)]| {
             let proxies = read(variables);
-            (host(proxies.secure), host(proxies.plain))
+            (host(proxies.secure), host(proxies.http))
         };
         let some = |name: &str| Ok(Some(name.to_owned()));
         let both = [

@@ -153,7 +153,7 @@ impl<'s> Pusher<'s> {
 
     fn has(&self, digest: Digest) -> Result<bool, Failure> {
         let path = format!("blobs/{digest}");
-        let mut answer = self.client.ask(Method::HEAD, &path, &[])?;
+        let mut answer = self.client.send_request(Method::HEAD, &path, &[])?;
         match answer.status() {
             200 => Ok(true),
             404 => Ok(false),

@@ -20,7 +20,7 @@ pub(super) fn tls(host: &str, insecure: bool) -> TlsConfig {
         .collect();
     let mut own = None;
     for directory in directories(host) {
-        let found = look_into(&directory);
+        let found = read_directory(&directory);
         roots.extend(found.roots);
         own = own.or(found.own);
     }
@@ -55,7 +55,7 @@ struct Found {
 
 /// Reads a directory: `*.crt` are authorities, `NAME.cert` with `NAME.key` is a client
 /// certificate.
-fn look_into(directory: &Path) -> Found {
+fn read_directory(directory: &Path) -> Found {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Found::default();
     };

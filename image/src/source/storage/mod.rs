@@ -179,8 +179,8 @@ impl Source for Storage {
             .zip(diff_ids)
             .zip(parts.layers)
             .map(|((stored, diff_id), named)| {
-                let said = stored.diff_digest.as_deref();
-                if said.is_some_and(|said| said != diff_id.to_string()) {
+                let recorded = stored.diff_digest.as_deref();
+                if recorded.is_some_and(|recorded| recorded != diff_id.to_string()) {
                     let text = format!("the storage has another layer in place of {diff_id}");
                     return Err(Error::document("configuration", text));
                 }

@@ -78,18 +78,18 @@ impl TarSplit {
             return Ok(false);
         }
         if line.last() != Some(&b'\n') && limited.limit() == 0 {
-            return Err(wrong("a line is too long"));
+            return Err(invalid("a line is too long"));
         }
         let entry: Entry =
-            serde_json::from_slice(&line).map_err(|error| wrong(error.to_string()))?;
+            serde_json::from_slice(&line).map_err(|error| invalid(error.to_string()))?;
         if entry.position != self.position {
-            return Err(wrong("its entries are out of order"));
+            return Err(invalid("its entries are out of order"));
         }
         self.position += 1;
         let decode = |text: &str| {
             STANDARD
                 .decode(text)
-                .map_err(|error| wrong(error.to_string()))
+                .map_err(|error| invalid(error.to_string()))
         };
         self.piece = match entry.kind {
             SEGMENT => {
@@ -107,13 +107,13 @@ impl TarSplit {
                     left: entry.size,
                 }
             }
-            kind => return Err(wrong(format!("an entry is of type {kind}"))),
+            kind => return Err(invalid(format!("an entry is of type {kind}"))),
         };
         Ok(true)
     }
 }
 
-fn wrong(reason: impl Into<String>) -> io::Error {
+fn invalid(reason: impl Into<String>) -> io::Error {
     let reason = reason.into();
     io::Error::other(format!("its tar-split is damaged: {reason}"))
 }
@@ -168,7 +168,7 @@ impl Read for TarSplit {
                     let most = most.min(buffer.len());
                     let count = file.read(buffer.get_mut(..most).unwrap_or_default())?;
                     if count == 0 {
-                        return Err(wrong("a file has become shorter"));
+                        return Err(invalid("a file has become shorter"));
                     }
                     *left -= count as u64;
                     count

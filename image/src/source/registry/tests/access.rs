@@ -1,6 +1,6 @@
 //! Tests of tokens, passwords and redirections.
 
-use super::super::http::{Ask, Http, Trouble};
+use super::super::http::{Http, HttpError, HttpRequest};
 use super::super::proxy::Proxies;
 use super::server::{Answer, Heard, ok, registry};
 use crate::cancel::Cancel;
@@ -141,7 +141,11 @@ fn one_of_many_readers_gets_the_token() {
         let client = super::Client::new(location, session, 5, vec![scope]);
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| client.ask(ureq::http::Method::GET, "tags/list", &[]).ok());
+                scope.spawn(|| {
+                    client
+                        .send_request(ureq::http::Method::GET, "tags/list", &[])
+                        .ok()
+                });
             }
         });
     });
@@ -194,8 +198,8 @@ fn with_tls(answer: &'static str) -> (String, Http) {
     (address, http)
 }
 
-fn ask(address: &str) -> Ask<'static> {
-    Ask {
+fn ask(address: &str) -> HttpRequest<'static> {
+    HttpRequest {
         method: ureq::http::Method::GET,
         uri: format!("https://{address}/").parse().unwrap(),
         headers: Vec::new(),
@@ -207,15 +211,15 @@ fn ask(address: &str) -> Ask<'static> {
 fn redirects_from_tls_to_plain_http_are_refused() {
     let answer = "HTTP/1.1 307 Go\r\nLocation: http://127.0.0.1:1/x\r\nContent-Length: 0\r\n\r\n";
     let (address, http) = with_tls(answer);
-    match http.ask(&ask(&address)) {
-        Err(Trouble::Astray(text)) => {
+    match http.send_request(&ask(&address)) {
+        Err(HttpError::ForbiddenRedirect(text)) => {
             assert!(text.to_string().contains("without TLS"), "{text}");
         }
-        Err(Trouble::Http(error)) => panic!("{error}"),
+        Err(HttpError::Http(error)) => panic!("{error}"),
         Ok(response) => panic!("{response:?}"),
     }
     let (address, http) = with_tls("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
-    assert!(http.ask(&ask(&address)).is_ok());
+    assert!(http.send_request(&ask(&address)).is_ok());
 }
 
 #[test]
@@ -225,7 +229,7 @@ fn credentials_are_not_sent_without_tls() {
                   WWW-Authenticate: Bearer realm=\"http://127.0.0.1:1/token\"\r\n\r\n";
     let (address, http) = with_tls(answer);
     let asked = ask(&address);
-    let Ok(answer) = http.ask(&asked) else {
+    let Ok(answer) = http.send_request(&asked) else {
         panic!("no answer");
     };
     let authorizer = super::auth::Authorizer::new("r", "a", vec!["repository:a:pull".to_owned()]);

@@ -268,7 +268,8 @@ fn ask(address: &str) -> String {
             insecure: true,
         };
         let client = super::Client::new(location, session, 1, Vec::new());
-        let asked = client.with_retries(|| client.ask(ureq::http::Method::GET, "tags/list", &[]));
+        let asked =
+            client.with_retries(|| client.send_request(ureq::http::Method::GET, "tags/list", &[]));
         asked.map_or_else(|error| error.to_string(), |_| "answered".to_owned())
     })
 }
