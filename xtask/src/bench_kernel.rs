@@ -77,12 +77,12 @@ fn measure(kernel: &Path, initramfs: &Path) -> Result<(u64, u64)> {
         .arg(initramfs)
         .args(["-append", COMMAND_LINE])
         .stdin(Stdio::null());
-    let said = cmd::text(&mut qemu)?;
-    let Some(at) = said.lines().find_map(reached) else {
+    let console = cmd::text(&mut qemu)?;
+    let Some(at) = console.lines().find_map(reached) else {
         bail!(
             "{} did not reach its first program; its last words: {}",
             kernel.display(),
-            said.lines().next_back().unwrap_or("none")
+            console.lines().next_back().unwrap_or("none")
         );
     };
     Ok((size, at >> SHIFT))

@@ -71,8 +71,8 @@ const IMAGE_FEATURES: [&str; 4] = ["archive", "containers-storage", "engine", "r
 fn features() -> Result<()> {
     cmd::step("checking features");
     let without = [("sm-event-loop", ""), ("sm-image", "")];
-    let alone = IMAGE_FEATURES.map(|feature| ("sm-image", feature));
-    for (package, feature) in without.into_iter().chain(alone) {
+    let with_one = IMAGE_FEATURES.map(|feature| ("sm-image", feature));
+    for (package, feature) in without.into_iter().chain(with_one) {
         cmd::check(&mut cargo([
             "clippy",
             "-p",

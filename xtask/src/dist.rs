@@ -124,10 +124,10 @@ fn kernel_sources(kernel: &Path, directory: &Path) -> Result<()> {
 
 /// Time stamp of all entries, in seconds since the epoch: that of the last commit.
 fn epoch() -> Result<u64> {
-    if let Ok(given) = std::env::var("SOURCE_DATE_EPOCH") {
-        return given
+    if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
+        return text
             .parse()
-            .with_context(|| format!("SOURCE_DATE_EPOCH is {given:?}"));
+            .with_context(|| format!("SOURCE_DATE_EPOCH is {text:?}"));
     }
     let mut git = cmd::command("git", ["log", "-1", "--format=%ct"]);
     let text = cmd::text(git.current_dir(paths::root()))

@@ -235,13 +235,14 @@ impl FidelityBuilder {
     fn own_writer(&self) -> Result<()> {
         let root = self.directory.path().join("own");
         fixtures::busybox_tree(&root)?;
-        let mut make = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
-        make.args(["mkimage", "--"])
+        let mut command = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
+        command
+            .args(["mkimage", "--"])
             .arg(self.images.join("own"))
             .arg("latest")
             .arg(&root)
             .stdout(Stdio::null());
-        cmd::check(&mut make)?;
+        cmd::check(&mut command)?;
         self.finish("own")
     }
 

@@ -141,13 +141,14 @@ pub(crate) fn demo_image(apt: &Apt) -> Result<PathBuf> {
     let builder = FixtureBuilder::new()?;
     let tree = builder.directory.path().join("tree");
     busybox_tree(&tree)?;
-    let mut make = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
-    make.args(["mkimage", "--", "--cmd", "sh", "--env", PATH])
+    let mut command = cargo(["run", "--quiet", "--locked", "-p", "sm-image", "--example"]);
+    command
+        .args(["mkimage", "--", "--cmd", "sh", "--env", PATH])
         .arg(builder.images.join("busybox"))
         .arg("latest")
         .arg(&tree)
         .stdout(Stdio::null());
-    cmd::check(&mut make)?;
+    cmd::check(&mut command)?;
     builder.publish(&done)?;
     Ok(image)
 }

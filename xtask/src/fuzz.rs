@@ -115,10 +115,10 @@ fn build(options: &FuzzOptions) -> Result<Vec<FuzzTarget>> {
         names.clone_from(&options.names);
     }
     let has = |program: &str, arguments: &[&str]| {
-        let mut asked = Command::new(program);
-        asked.args(arguments).current_dir(&fuzz);
-        let asked = asked.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        asked.is_ok_and(|status| status.success())
+        let mut command = Command::new(program);
+        command.args(arguments).current_dir(&fuzz);
+        let result = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        result.is_ok_and(|status| status.success())
     };
     if !has("cargo", &["+nightly", "--version"]) {
         cmd::step("adding the nightly Rust toolchain");

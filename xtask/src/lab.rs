@@ -85,14 +85,14 @@ impl JobOutput {
     fn out(&self) -> Box<dyn Write + Send> {
         match self {
             Self::Inherit => Box::new(io::stdout()),
-            Self::Buffer(kept) => Box::new(BufferedOutput(kept.clone())),
+            Self::Buffer(buffer) => Box::new(BufferedOutput(buffer.clone())),
         }
     }
 
     fn err(&self) -> Box<dyn Write + Send> {
         match self {
             Self::Inherit => Box::new(io::stderr()),
-            Self::Buffer(kept) => Box::new(BufferedOutput(kept.clone())),
+            Self::Buffer(buffer) => Box::new(BufferedOutput(buffer.clone())),
         }
     }
 }
@@ -101,8 +101,8 @@ struct BufferedOutput(Arc<Mutex<Vec<u8>>>);
 
 impl Write for BufferedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.extend_from_slice(bytes);
+        let mut buffer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        buffer.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -537,7 +537,7 @@ mod tests {
         std::fs::create_dir_all(&inner).unwrap();
         let link = root.join("link");
         std::os::unix::fs::symlink(&inner, &link).unwrap();
-        let given = [
+        let paths = [
             inner.clone(),
             PathBuf::from("/tmp"),
             PathBuf::from("/usr"),
@@ -546,7 +546,7 @@ mod tests {
             root.join("missing"),
             shared.path().to_owned(),
         ];
-        let shown = covered(given).unwrap();
+        let shown = covered(paths).unwrap();
         let expected = [shared.path(), &root.join("a b")];
         assert_eq!(shown, expected.map(|path| path.to_str().unwrap()));
     }

@@ -56,7 +56,7 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
     let fresh = work.path().join("stock");
     let tree = work.path().join("lib/modules").join(&release);
     let dep = fs::read_to_string(tree.join("modules.dep"))?;
-    let mut kept = String::new();
+    let mut list = String::new();
     for file in modules::load_order(&dep, &GUEST_MODULES) {
         let target = fresh.join("modules").join(&file);
         fs::create_dir_all(target.parent().context("a module has no directory")?)?;
@@ -64,9 +64,9 @@ pub(crate) fn kernel(apt: &Apt) -> Result<PathBuf> {
         let line = dep
             .lines()
             .find(|line| line.split_once(':').is_some_and(|(name, _)| name == file));
-        kept.extend(line.into_iter().chain(["\n"]));
+        list.extend(line.into_iter().chain(["\n"]));
     }
-    fs::write(fresh.join("modules/modules.dep"), kept)?;
+    fs::write(fresh.join("modules/modules.dep"), list)?;
     let from = work.path().join(format!("boot/vmlinuz-{release}"));
     // A rename, unlike a copy, preserves the old time stamp, so that it never counts as
     // newer than the tuned kernel.

@@ -9,7 +9,7 @@ pub(crate) fn copy_until(
     to: &mut impl Write,
     mark: &[u8],
 ) -> io::Result<bool> {
-    let mut held: Vec<u8> = Vec::new();
+    let mut pending: Vec<u8> = Vec::new();
     let mut chunk = vec![0; 64 << 10];
     loop {
         let count = match from.read(&mut chunk) {
@@ -20,21 +20,24 @@ pub(crate) fn copy_until(
             Err(error) => return Err(error),
         };
         if count == 0 {
-            to.write_all(&held)?;
+            to.write_all(&pending)?;
             to.flush()?;
             return Ok(false);
         }
-        held.extend_from_slice(&chunk[..count]);
-        if let Some(end) = held.windows(mark.len()).position(|window| window == mark) {
-            to.write_all(&held[..end])?;
+        pending.extend_from_slice(&chunk[..count]);
+        if let Some(end) = pending
+            .windows(mark.len())
+            .position(|window| window == mark)
+        {
+            to.write_all(&pending[..end])?;
             to.flush()?;
             return Ok(true);
         }
-        let keep = longest_prefix_at_end(&held, mark);
-        let ready = held.len() - keep;
-        to.write_all(&held[..ready])?;
+        let keep = longest_prefix_at_end(&pending, mark);
+        let ready = pending.len() - keep;
+        to.write_all(&pending[..ready])?;
         to.flush()?;
-        held.drain(..ready);
+        pending.drain(..ready);
     }
 }
 

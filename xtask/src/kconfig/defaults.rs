@@ -76,11 +76,13 @@ pub(crate) fn newly_enabled(
     fragment: &str,
     config: &str,
 ) -> Vec<String> {
-    let asked = symbols(fragment);
+    let requested = symbols(fragment);
     let mut on: Vec<_> = symbols(config)
         .into_iter()
         .filter(|(symbol, value)| {
-            matches!(*value, "y" | "m") && prompts.contains(*symbol) && !asked.contains_key(symbol)
+            matches!(*value, "y" | "m")
+                && prompts.contains(*symbol)
+                && !requested.contains_key(symbol)
         })
         .map(|(symbol, _)| symbol.to_owned())
         .collect();

@@ -35,10 +35,10 @@ pub(super) fn depends_on_system(files: &[RepositoryFile]) -> Vec<Violation> {
     rust(files)
         .filter(|file| !is_sys(&file.path))
         .filter_map(|file| {
-            let asked = system_asked_for(&file.text)?;
+            let system = system_asked_for(&file.text)?;
             Some(Violation {
                 path: file.path.clone(),
-                message: format!("it asks for \"{asked}\", which only files in \"sys\" do"),
+                message: format!("it asks for \"{system}\", which only files in \"sys\" do"),
             })
         })
         .collect()
@@ -99,10 +99,10 @@ fn system_asked_for(text: &str) -> Option<&'static str> {
         let after = rest.strip_prefix("_attr").unwrap_or(rest);
         let after = after.strip_prefix('!').unwrap_or(after);
         if let Some(condition) = after.strip_prefix('(') {
-            let asked = words(inside(condition))
+            let system = words(inside(condition))
                 .find_map(|word| SYSTEMS.into_iter().find(|system| *system == word));
-            if asked.is_some() {
-                return asked;
+            if system.is_some() {
+                return system;
             }
         }
     }
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn only_sys_asks_for_the_operating_system() {
-        for (condition, asked) in [
+        for (condition, system) in [
             ("target_os = \"linux\"", Some("target_os")),
             ("all(\n    feature = \"a\",\n    not(unix)\n)", Some("unix")),
             ("any(windows, test)", Some("windows")),
@@ -163,7 +163,7 @@ mod tests {
         ] {
             assert_eq!(
                 system_asked_for(&attribute(condition)),
-                asked,
+                system,
                 "{condition}"
             );
         }
