@@ -75,7 +75,7 @@ impl Contest {
     }
 
     /// Repeats a subject in its directory; its output must show that no work was left.
-    pub(crate) fn again(
+    pub(crate) fn repeat(
         &self,
         title: &str,
         subject: &Subject,

@@ -146,7 +146,7 @@ fn second(sm: &Path, layout: &Path, work: &Path, iterations: usize) -> Result<Co
     let (sm, layout) = (shell(sm)?, shell(layout)?);
     let command = format!("{sm} pull oci:{layout}:latest");
     let contest = Contest::new(work, iterations);
-    contest.again(
+    contest.repeat(
         "the same image again",
         &Subject::new("sm", command),
         |log| {

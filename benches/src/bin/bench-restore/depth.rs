@@ -38,7 +38,7 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
     for depth in 1..=DEPTH {
         let chain = Chain::open(&store, &tip)?;
         let event_loop = EventLoop::spawn("devices")?;
-        let (mut said, console) = std::io::pipe()?;
+        let (mut output, console) = std::io::pipe()?;
         let mut machine = Machine::restore(
             &host,
             machine::decode(&chain)?,
@@ -49,21 +49,21 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
         )?;
         machine.resume()?;
         for _ in 0..SIGNS {
-            await_output(&mut said, guest.sign)?;
+            await_output(&mut output, guest.sign)?;
         }
-        let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        let reader = std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
         machine.pause()?;
         let state = machine.save_state()?;
         let sections = machine::encode(&state)?;
         let memory = &machine.memory().guest;
         let capture = |name: &str, ancestry| -> Result<u64> {
-            let made = Capture::begin(&store, memory, ancestry)?.finish(
+            let captured = Capture::begin(&store, memory, ancestry)?.finish(
                 &store,
                 name,
                 ticking::description(&host, &state)?,
                 sections.clone(),
             )?;
-            Ok(made.manifest.memory.data_pages)
+            Ok(captured.manifest.memory.data_pages)
         };
         tip = format!("depth-{depth}");
         changed.push(capture(&tip, Ancestry::Diff(&chain))?);

@@ -233,7 +233,7 @@ impl Floor {
         let created = watch.lap();
         // The call precedes the interrupt controllers: after them, it takes milliseconds.
         give_memory(&vm, &mapping, self.len)?;
-        let given = watch.lap();
+        let registered = watch.lap();
         vm.create_irq_chip()?;
         let events: Vec<EventFd> = (0..=LINES.len())
             .map(|_| EventFd::new(EFD_NONBLOCK))
@@ -280,7 +280,7 @@ impl Floor {
         Ok(vec![
             ("open KVM", opened),
             ("ask for features", checked),
-            (MAP_MEMORY, mapped + given),
+            (MAP_MEMORY, mapped + registered),
             ("KVM objects", objects),
             ("load state", loaded),
             ("resume to first exit", ran),

@@ -73,8 +73,8 @@ fn store_image(options: &BenchOptions) -> Result<()> {
         let output = Command::new(sm).args(arguments).output();
         let output = output.with_context(|| format!("cannot run {sm:?}"))?;
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            bail!("sm {} failed: {said}", arguments.join(" "));
+            let errors = String::from_utf8_lossy(&output.stderr);
+            bail!("sm {} failed: {errors}", arguments.join(" "));
         }
     }
     Ok(())

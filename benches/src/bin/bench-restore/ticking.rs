@@ -38,7 +38,7 @@ pub(crate) const NAME: &str = "snapshot";
 pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
     let event_loop = EventLoop::spawn("devices")?;
-    let (mut said, console) = std::io::pipe()?;
+    let (mut output, console) = std::io::pipe()?;
     let host = Native::open()?;
     let mut machine = Machine::boot(
         &host,
@@ -55,9 +55,9 @@ pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
         &event_loop.handle(),
     )?;
     machine.resume()?;
-    await_output(&mut said, guest.sign)?;
+    await_output(&mut output, guest.sign)?;
     // Output until the pause is read, so that the console does not block.
-    let reader = std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+    let reader = std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
     machine.pause()?;
     let state = machine.save_state()?;
     let sections = machine::encode(&state)?;
@@ -88,9 +88,9 @@ pub(crate) fn description(host: &Native, state: &MachineState) -> Result<Descrip
 /// Restores the snapshot until its guest writes, and records the working set.
 pub(crate) fn record_working_set(store: &Path, guest: &BenchGuest) -> Result<()> {
     let store = SnapshotStore::open(store)?;
-    let (mut said, console) = std::io::pipe()?;
+    let (mut output, console) = std::io::pipe()?;
     let restored = Restored::new(&store, OwnedFd::from(console).into())?;
-    await_output(&mut said, guest.sign)?;
+    await_output(&mut output, guest.sign)?;
     let set = WorkingSet::record(restored.machine.memory())?;
     set.save(&store, &restored.chain.tip().lease)?;
     Ok(())
@@ -176,11 +176,11 @@ impl Contender for Ours {
             .stdout(Stdio::piped())
             .spawn()?;
         let mut stdout = child.stdout.take().context("no output")?;
-        let said = await_output(&mut stdout, guest.sign);
+        let output = await_output(&mut stdout, guest.sign);
         let took = started.elapsed();
         child.kill()?;
         let _ = stdout.read_to_end(&mut Vec::new());
         child.wait()?;
-        said.map(|()| took)
+        output.map(|()| took)
     }
 }

@@ -252,7 +252,7 @@ impl TinySnapshot {
             self.console.try_clone()?,
             &event_loop.handle(),
         )?;
-        let made = watch.lap();
+        let created = watch.lap();
         let inner = machine.phases();
         machine.resume()?;
         let exit = machine.exit_latch();
@@ -271,7 +271,7 @@ impl TinySnapshot {
             // The remainder: vCPUs, their threads, all state.
             (
                 "load state",
-                made.saturating_sub(inner.memory_map + inner.hypervisor_objects + inner.devices),
+                created.saturating_sub(inner.memory_map + inner.hypervisor_objects + inner.devices),
             ),
             ("resume to first exit", ran),
         ])

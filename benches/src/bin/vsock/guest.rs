@@ -129,10 +129,10 @@ fn to_guest(mut end: impl ConnectionEnd, amount: usize) -> Result<Duration> {
             end.write_all(&chunk)?;
         }
         end.end_writing()?;
-        let mut said = String::new();
-        end.read_to_string(&mut said)?;
-        if said.trim() != "done" {
-            bail!("the guest says {said:?}");
+        let mut answer = String::new();
+        end.read_to_string(&mut answer)?;
+        if answer.trim() != "done" {
+            bail!("the guest says {answer:?}");
         }
         Ok(())
     })

@@ -80,7 +80,7 @@ pub(crate) fn await_output(from: &mut (impl Read + AsFd), sign: &[u8]) -> Result
 
 fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], timeout: Duration) -> Result<()> {
     let deadline = Instant::now() + timeout;
-    let mut seen: Vec<u8> = Vec::new();
+    let mut output: Vec<u8> = Vec::new();
     let mut chunk = [0; 4096];
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -88,18 +88,18 @@ fn await_output_for(from: &mut (impl Read + AsFd), sign: &[u8], timeout: Duratio
         if poll(&mut [PollFd::new(from, PollFlags::IN)], Some(&left))? == 0 {
             bail!(
                 "the guest has not given its sign in {timeout:?}; it said:\n{}",
-                String::from_utf8_lossy(&seen)
+                String::from_utf8_lossy(&output)
             );
         }
         let count = from.read(&mut chunk)?;
         if count == 0 {
             bail!(
                 "the guest ended without its sign; it said:\n{}",
-                String::from_utf8_lossy(&seen)
+                String::from_utf8_lossy(&output)
             );
         }
-        seen.extend_from_slice(chunk.get(..count).unwrap_or_default());
-        if seen.windows(sign.len()).any(|window| window == sign) {
+        output.extend_from_slice(chunk.get(..count).unwrap_or_default());
+        if output.windows(sign.len()).any(|window| window == sign) {
             return Ok(());
         }
     }

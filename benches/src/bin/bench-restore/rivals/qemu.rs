@@ -53,8 +53,8 @@ impl Qemu {
 struct Qmp(BufReader<UnixStream>);
 
 impl Qmp {
-    /// Waits for a message that `wanted` accepts.
-    fn until(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<()> {
+    /// Waits for a message that `is_expected` accepts.
+    fn until(&mut self, is_expected: impl Fn(&Value) -> bool) -> Result<()> {
         let mut line = String::new();
         loop {
             line.clear();
@@ -65,7 +65,7 @@ impl Qmp {
             if message.get("error").is_some() || message["data"]["status"] == "failed" {
                 bail!("QEMU: {message}");
             }
-            if wanted(&message) {
+            if is_expected(&message) {
                 return Ok(());
             }
         }
