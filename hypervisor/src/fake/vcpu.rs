@@ -5,12 +5,12 @@ use std::io;
 use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError};
 
-use super::vm::Shared;
+use super::vm::FakeShared;
 use super::{BACKEND, FakeArch, FakeEvent, Inner, Step, lock};
 use crate::{Bus, Error, Exit, Finish, Gsi, Kicker, RestoredVcpu, RestoringVcpu, Vcpu, VcpuSeed};
 
 struct FakeKicker {
-    shared: Arc<Shared>,
+    shared: Arc<FakeShared>,
     index: u32,
 }
 
@@ -31,12 +31,12 @@ impl Kicker for FakeKicker {
 #[derive(Debug)]
 pub struct FakeSeed<A: FakeArch> {
     inner: Arc<Inner<A>>,
-    shared: Arc<Shared>,
+    shared: Arc<FakeShared>,
     index: u32,
 }
 
 impl<A: FakeArch> FakeSeed<A> {
-    pub(super) fn new(inner: Arc<Inner<A>>, shared: Arc<Shared>, index: u32) -> Self {
+    pub(super) fn new(inner: Arc<Inner<A>>, shared: Arc<FakeShared>, index: u32) -> Self {
         Self {
             inner,
             shared,
@@ -87,7 +87,7 @@ impl<A: FakeArch> VcpuSeed for FakeSeed<A> {
 #[derive(Debug)]
 pub struct FakeVcpu<A: FakeArch> {
     inner: Arc<Inner<A>>,
-    shared: Arc<Shared>,
+    shared: Arc<FakeShared>,
     index: u32,
     script: Vec<Step>,
     position: usize,

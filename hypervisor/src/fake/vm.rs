@@ -18,12 +18,12 @@ pub struct FakeVm<A: FakeArch> {
     vcpus: u32,
     /// First address and length of each mapped region.
     regions: Mutex<Vec<(u64, u64)>>,
-    shared: Arc<Shared>,
+    shared: Arc<FakeShared>,
 }
 
 /// State that a VM shares with its vCPUs: their wake-up conditions.
 #[derive(Debug, Default)]
-pub(super) struct Shared {
+pub(super) struct FakeShared {
     /// Carried by the tokens of a restore.
     pub(super) identity: VmIdentity,
     pub(super) signals: Mutex<Signals>,
@@ -38,7 +38,7 @@ pub(super) struct Signals {
     pub(super) pending: BTreeMap<Gsi, u32>,
 }
 
-impl Shared {
+impl FakeShared {
     /// Signals the doorbell that a write matches.
     pub(super) fn ring(&self, address: u64, data: &[u8]) -> Option<Doorbell> {
         let mut bytes = [0; 8];
@@ -174,7 +174,7 @@ impl<A: FakeArch> VirtualMachine for FakeVm<A> {
 #[derive(Debug)]
 struct FakeLine<A: FakeArch> {
     inner: Arc<Inner<A>>,
-    shared: Arc<Shared>,
+    shared: Arc<FakeShared>,
     gsi: Gsi,
 }
 

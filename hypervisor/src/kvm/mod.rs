@@ -82,12 +82,12 @@ const MAX_CPUID_ENTRIES: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 /// The host's KVM, opened.
 #[derive(Debug, Clone)]
 pub struct Kvm {
-    shared: Arc<Shared>,
+    shared: Arc<KvmShared>,
 }
 
 /// Results of queries to `/dev/kvm`, each made once.
 #[derive(Debug)]
-struct Shared {
+struct KvmShared {
     kvm: kvm_ioctls::Kvm,
     supported_cpuid: OnceLock<CpuId>,
     msr_indices: OnceLock<Vec<u32>>,
@@ -165,7 +165,7 @@ impl Hypervisor for Kvm {
             return Err(unsupported(&format!("it lacks {what}")));
         }
         Ok(Self {
-            shared: Arc::new(Shared {
+            shared: Arc::new(KvmShared {
                 kvm,
                 supported_cpuid: OnceLock::new(),
                 msr_indices: OnceLock::new(),

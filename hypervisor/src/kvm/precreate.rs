@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 
 use kvm_ioctls::{Error, VmFd};
 
-use super::Shared;
+use super::KvmShared;
 
 /// The thread only calls into the kernel.
 const STACK: usize = 64 << 10;
@@ -27,7 +27,7 @@ impl PrecreatedVm {
 
     /// Starts to create a VM, unless this has happened. With one processor, or if the
     /// thread cannot be spawned, [`PrecreatedVm::take`] creates the VM instead.
-    pub(super) fn start(shared: &Arc<Shared>) {
+    pub(super) fn start(shared: &Arc<KvmShared>) {
         if processors() < 2 {
             return;
         }
@@ -43,7 +43,7 @@ impl PrecreatedVm {
     }
 
     /// Returns the VM whose creation was started, or else a new one.
-    pub(super) fn take(shared: &Shared) -> Result<VmFd, Error> {
+    pub(super) fn take(shared: &KvmShared) -> Result<VmFd, Error> {
         // A concurrent caller creates a VM of its own.
         let thread = shared.precreated.lock().take();
         match thread.map(JoinHandle::join) {
