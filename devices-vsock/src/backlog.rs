@@ -26,14 +26,14 @@ struct Slot {
 
 /// The chunks of all backlogs.
 #[derive(Default)]
-pub(crate) struct Pool {
+pub(crate) struct ChunkPool {
     slots: Vec<Slot>,
     /// Free slots, with memory and without.
     spare: Vec<u32>,
     freed: Vec<u32>,
 }
 
-impl Pool {
+impl ChunkPool {
     fn take(&mut self) -> u32 {
         let slot = self.spare.pop().or_else(|| self.freed.pop());
         let slot = slot.unwrap_or_else(|| {
@@ -117,7 +117,7 @@ impl Backlog {
     #[must_use]
     pub(crate) fn push(
         &mut self,
-        pool: &mut Pool,
+        pool: &mut ChunkPool,
         memory: &GuestMemory,
         address: GuestAddress,
         len: u32,
@@ -144,7 +144,7 @@ impl Backlog {
         true
     }
 
-    fn append_chunk(&mut self, pool: &mut Pool) {
+    fn append_chunk(&mut self, pool: &mut ChunkPool) {
         let chunk = pool.take();
         match pool.slots.get_mut(self.last as usize) {
             Some(last) => last.next = chunk,
@@ -157,7 +157,7 @@ impl Backlog {
     /// returns the number of slices used.
     pub(crate) fn slices<'a>(
         &self,
-        pool: &'a Pool,
+        pool: &'a ChunkPool,
         most: u32,
         slices: &mut [IoSlice<'a>],
     ) -> usize {
@@ -179,7 +179,7 @@ impl Backlog {
     }
 
     /// Removes the first `count` bytes.
-    pub(crate) fn consume(&mut self, pool: &mut Pool, count: u32) {
+    pub(crate) fn consume(&mut self, pool: &mut ChunkPool, count: u32) {
         let mut left = count.min(self.len);
         self.len -= left;
         while self.first != NONE {
@@ -203,7 +203,7 @@ impl Backlog {
     }
 
     /// Removes all bytes; returns their number.
-    pub(crate) fn clear(&mut self, pool: &mut Pool) -> u32 {
+    pub(crate) fn clear(&mut self, pool: &mut ChunkPool) -> u32 {
         let len = self.len;
         self.consume(pool, len);
         len
@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
 
-    fn content(backlog: &Backlog, pool: &Pool) -> Vec<u8> {
+    fn content(backlog: &Backlog, pool: &ChunkPool) -> Vec<u8> {
         let mut slices = [IoSlice::new(&[]); 32];
         let count = backlog.slices(pool, u32::MAX, &mut slices);
         slices[..count]
@@ -235,7 +235,7 @@ mod tests {
             let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
             let pattern: Vec<u8> = (0..1u32 << 16).map(|n| (n % 253) as u8).collect();
             memory.write_slice(&pattern, GuestAddress(0)).unwrap();
-            let mut pool = Pool::default();
+            let mut pool = ChunkPool::default();
             let mut real = [Backlog::default(), Backlog::default()];
             let mut model = [VecDeque::new(), VecDeque::new()];
             for (second, push, amount) in steps {
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn memory_beyond_a_reserve_is_freed() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
-        let mut pool = Pool::default();
+        let mut pool = ChunkPool::default();
         let mut backlog = Backlog::default();
         for _ in 0..2 * SPARE {
             assert!(backlog.push(&mut pool, &memory, GuestAddress(0), LEN));

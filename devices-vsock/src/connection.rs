@@ -84,7 +84,7 @@ use sm_event_loop::{Registered, Timer};
 
 pub(crate) use transfer::{Filled, MAX_MESSAGE};
 
-use crate::backlog::{Backlog, Pool};
+use crate::backlog::{Backlog, ChunkPool};
 use crate::credit::{Incoming, Outgoing};
 use crate::group::Member;
 use crate::handle::{ConnectError, ConnectRequest, Report, SocketKind};
@@ -404,7 +404,7 @@ impl Connection {
     }
 
     /// Returns its chunks to the pool.
-    pub(crate) fn release(&mut self, pool: &mut Pool) {
+    pub(crate) fn release(&mut self, pool: &mut ChunkPool) {
         self.backlog.clear(pool);
     }
 }

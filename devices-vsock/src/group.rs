@@ -20,9 +20,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A number of resources, such as file descriptors, that several groups share. Clones refer
 /// to the same limit.
 #[derive(Clone)]
-pub struct Limit(Arc<Mutex<Pool>>);
+pub struct Limit(Arc<Mutex<LimitState>>);
 
-struct Pool {
+struct LimitState {
     free: usize,
     waiting: Vec<Waker>,
 }
@@ -31,7 +31,7 @@ impl Limit {
     /// Creates a limit of `total` resources, all of them free.
     #[must_use]
     pub fn new(total: usize) -> Self {
-        Self(Arc::new(Mutex::new(Pool {
+        Self(Arc::new(Mutex::new(LimitState {
             free: total,
             waiting: Vec::new(),
         })))

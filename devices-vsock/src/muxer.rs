@@ -10,7 +10,7 @@ use std::time::Duration;
 use sm_event_loop::{Interest, Registered, Registry};
 
 use crate::allowance::Allowance;
-use crate::backlog::Pool;
+use crate::backlog::ChunkPool;
 use crate::config::VsockConfig;
 use crate::connection::{Awaiting, Connection, Key, Phase};
 use crate::group::Group;
@@ -55,7 +55,7 @@ pub(crate) struct Muxer {
     pub(crate) ready: Ready,
     pub(crate) resets: VecDeque<StrayReset>,
     listeners: HashMap<Option<u32>, Listener>,
-    pub(crate) pool: Pool,
+    pub(crate) pool: ChunkPool,
     allowance: Allowance,
     /// Start of the search for a free ephemeral port.
     pub(crate) next_port: u32,
@@ -73,7 +73,7 @@ impl Muxer {
             ready: Ready::default(),
             resets: VecDeque::with_capacity(MAX_RESETS),
             listeners: HashMap::new(),
-            pool: Pool::default(),
+            pool: ChunkPool::default(),
             allowance: Allowance::new(&config),
             next_port: 0,
             mailbox,
@@ -86,7 +86,7 @@ impl Muxer {
     }
 
     /// Returns a connection, and the pool that it shares with others.
-    pub(crate) fn parts(&mut self, slot: u32) -> Option<(&mut Connection, &mut Pool)> {
+    pub(crate) fn parts(&mut self, slot: u32) -> Option<(&mut Connection, &mut ChunkPool)> {
         let connection = self.connections.get_mut(slot as usize)?.as_deref_mut()?;
         Some((connection, &mut self.pool))
     }
@@ -413,7 +413,7 @@ impl Muxer {
             self.free.clear();
             self.by_key.clear();
             self.ready = Ready::default();
-            self.pool = Pool::default();
+            self.pool = ChunkPool::default();
             self.allowance = Allowance::new(&self.config);
             self.count();
             return;

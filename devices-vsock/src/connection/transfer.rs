@@ -7,7 +7,7 @@ use sm_virtio::iov::{self, Window};
 use sm_virtio::queue::Span;
 
 use super::{Connection, Phase};
-use crate::backlog::{CHUNK, Pool};
+use crate::backlog::{CHUNK, ChunkPool};
 use crate::host::Moved;
 use crate::packet::{END_OF_MESSAGE, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use crate::stats::Counters;
@@ -163,7 +163,7 @@ impl Connection {
     pub(crate) fn take(
         &mut self,
         memory: &GuestMemory,
-        pool: &mut Pool,
+        pool: &mut ChunkPool,
         counters: &Counters,
         spans: &mut Vec<Span>,
         len: u32,
@@ -205,7 +205,7 @@ impl Connection {
     fn take_message(
         &mut self,
         memory: &GuestMemory,
-        pool: &mut Pool,
+        pool: &mut ChunkPool,
         counters: &Counters,
         spans: &[Span],
         len: u32,
@@ -250,7 +250,7 @@ impl Connection {
     /// Writes stored bytes, as far as the socket accepts them. Returns false if it can
     /// never accept them.
     #[must_use]
-    pub(crate) fn flush(&mut self, pool: &mut Pool, counters: &Counters) -> bool {
+    pub(crate) fn flush(&mut self, pool: &mut ChunkPool, counters: &Counters) -> bool {
         while self.has_backlog() {
             let moved = if self.is_seqpacket() {
                 self.flush_message(pool)
@@ -279,7 +279,7 @@ impl Connection {
         true
     }
 
-    fn flush_message(&mut self, pool: &Pool) -> Moved {
+    fn flush_message(&mut self, pool: &ChunkPool) -> Moved {
         let len = self.messages.lens.front().copied().unwrap_or(0);
         let mut slices = [IoSlice::new(&[]); MESSAGE_SLICES];
         let count = self.backlog.slices(pool, len, &mut slices);
@@ -293,7 +293,7 @@ impl Connection {
 
     /// Handles a host that accepts no more: stored and later bytes are dropped, and the
     /// guest gets a SHUTDOWN. Data of the host still arrive.
-    fn refuse(&mut self, pool: &mut Pool, counters: &Counters) {
+    fn refuse(&mut self, pool: &mut ChunkPool, counters: &Counters) {
         self.refuses = true;
         self.backlog.clear(pool);
         self.messages = super::Messages::default();
