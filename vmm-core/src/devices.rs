@@ -124,9 +124,9 @@ pub struct SlotState {
 }
 
 /// Adapts the hypervisor's interrupt line to the transport.
-struct Line(Arc<dyn IrqLine>);
+struct IrqLineAdapter(Arc<dyn IrqLine>);
 
-impl InterruptLine for Line {
+impl InterruptLine for IrqLineAdapter {
     fn pulse(&self) -> io::Result<()> {
         self.0.pulse().map_err(io::Error::other)
     }
@@ -168,7 +168,7 @@ impl Devices {
             let line = vm
                 .irq_line(virtio_gsi(slot), IrqTrigger::Edge)
                 .map_err(connect)?;
-            let line = Arc::new(Line(line));
+            let line = Arc::new(IrqLineAdapter(line));
             let transport =
                 MmioTransport::new(slot, device, guest.clone(), line, event_loop.clone()).map_err(
                     |source| DeviceError::Io {

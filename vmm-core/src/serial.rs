@@ -237,9 +237,9 @@ impl Write for Console {
 }
 
 #[derive(Debug)]
-struct Line(Arc<dyn IrqLine>);
+struct UartTrigger(Arc<dyn IrqLine>);
 
-impl Trigger for Line {
+impl Trigger for UartTrigger {
     type E = sm_hypervisor::Error;
 
     fn trigger(&self) -> Result<(), Self::E> {
@@ -247,7 +247,7 @@ impl Trigger for Line {
     }
 }
 
-type Registers = Serial<Line, NoEvents, Console>;
+type Registers = Serial<UartTrigger, NoEvents, Console>;
 
 /// The UART at COM1.
 #[derive(Debug)]
@@ -261,7 +261,7 @@ impl Uart {
     /// Creates a UART in its reset state.
     pub(crate) fn new(irq: Arc<dyn IrqLine>, console: Console) -> Self {
         Self {
-            registers: Mutex::new(Serial::new(Line(irq.clone()), console.clone())),
+            registers: Mutex::new(Serial::new(UartTrigger(irq.clone()), console.clone())),
             irq,
             console,
         }
@@ -280,7 +280,7 @@ impl Uart {
         let state = SerialState::from(state);
         let registers = Serial::from_state(
             &state,
-            Line(self.irq.clone()),
+            UartTrigger(self.irq.clone()),
             NoEvents,
             self.console.clone(),
         )

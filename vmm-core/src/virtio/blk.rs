@@ -23,7 +23,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use self::request::{Outcome, answer, parse};
-use self::worker::{Done, Job, Workers};
+use self::worker::{FinishedRequest, Job, Workers};
 use super::disk::{Disk, SECTOR};
 use sm_event_loop::{Interest, Readiness, Registered, Registry, drain};
 use sm_virtio::GuestMemory;
@@ -70,7 +70,7 @@ pub enum Access {
 }
 
 /// State between activation and reset.
-struct Active {
+struct ActiveBlock {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
     /// The ring is malformed: no further chain is taken from it.
@@ -78,7 +78,7 @@ struct Active {
     workers: Option<(Workers, Registered<Arc<OwnedFd>>)>,
     /// Chains for reuse, so a request causes no allocation.
     chains: Vec<DescriptorChain>,
-    done: Vec<Done>,
+    done: Vec<FinishedRequest>,
 }
 
 /// The block device.
@@ -86,7 +86,7 @@ pub struct Block {
     disk: Arc<Disk>,
     access: Access,
     id: [u8; ID_LEN],
-    active: Option<Active>,
+    active: Option<ActiveBlock>,
     queues: Vec<Queue>,
 }
 
@@ -175,7 +175,7 @@ impl Block {
 struct Service<'a> {
     disk: &'a Arc<Disk>,
     id: &'a [u8; ID_LEN],
-    active: &'a mut Active,
+    active: &'a mut ActiveBlock,
     queue: &'a mut Queue,
 }
 
@@ -254,7 +254,7 @@ impl Service<'_> {
         };
         let mut all = std::mem::take(&mut self.active.done);
         workers.take_finished(&mut all);
-        for Done { chain, outcome } in all.drain(..) {
+        for FinishedRequest { chain, outcome } in all.drain(..) {
             self.finish(&chain, outcome)?;
             self.active.chains.push(chain);
         }
@@ -323,7 +323,7 @@ impl VirtioDevice for Block {
             return Err(ActivateError::QueueMissing { index: 0 });
         }
         self.queues = activation.queues;
-        self.active = Some(Active {
+        self.active = Some(ActiveBlock {
             memory: activation.memory,
             interrupt: activation.interrupt,
             failed: false,
@@ -344,7 +344,7 @@ impl VirtioDevice for Block {
 
     fn host_ready(&mut self, token: u64, _readiness: Readiness, registry: &mut dyn Registry) {
         if token == TOKEN_DONE
-            && let Some(Active {
+            && let Some(ActiveBlock {
                 workers: Some((_, finished)),
                 ..
             }) = &self.active

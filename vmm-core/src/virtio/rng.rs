@@ -23,7 +23,7 @@ const SLICE: usize = 64;
 /// The slice was used up.
 const TOKEN_CONTINUE: u64 = 0;
 
-struct Active {
+struct ActiveRng {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
 }
@@ -31,7 +31,7 @@ struct Active {
 /// The entropy device.
 #[derive(Default)]
 pub struct Rng {
-    active: Option<Active>,
+    active: Option<ActiveRng>,
     queues: Vec<Queue>,
     chain: DescriptorChain,
 }
@@ -67,7 +67,7 @@ impl Rng {
 
 /// Serves requests; returns true if there may be more of them.
 fn serve(
-    active: &Active,
+    active: &ActiveRng,
     queue: &mut Queue,
     chain: &mut DescriptorChain,
 ) -> Result<bool, QueueError> {
@@ -119,7 +119,7 @@ impl VirtioDevice for Rng {
             return Err(ActivateError::QueueMissing { index: 0 });
         }
         self.queues = activation.queues;
-        self.active = Some(Active {
+        self.active = Some(ActiveRng {
             memory: activation.memory,
             interrupt: activation.interrupt,
         });

@@ -28,7 +28,7 @@ pub(super) struct Job {
 }
 
 /// An executed request.
-pub(super) struct Done {
+pub(super) struct FinishedRequest {
     pub(super) chain: DescriptorChain,
     pub(super) outcome: Outcome,
 }
@@ -36,7 +36,7 @@ pub(super) struct Done {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
-    done: Vec<Done>,
+    done: Vec<FinishedRequest>,
     /// Number of threads that execute a request.
     busy: usize,
     stop: bool,
@@ -103,7 +103,7 @@ impl Workers {
     }
 
     /// Swaps `done`, which must be empty, with the list of finished requests.
-    pub(super) fn take_finished(&self, done: &mut Vec<Done>) {
+    pub(super) fn take_finished(&self, done: &mut Vec<FinishedRequest>) {
         std::mem::swap(&mut self.shared.lock().done, done);
     }
 
@@ -160,7 +160,7 @@ impl Shared {
             let outcome = job.operation.execute(&self.memory, &job.disk, &job.chain);
             state = self.lock();
             state.busy -= 1;
-            state.done.push(Done {
+            state.done.push(FinishedRequest {
                 chain: job.chain,
                 outcome,
             });
