@@ -383,7 +383,7 @@ impl Vm {
         name: &str,
         then: AfterSnapshot,
         lifetime: Lifetime,
-    ) -> Result<Held, Error> {
+    ) -> Result<NewSnapshot, Error> {
         let call = ControlCall::Snapshot {
             name: name.to_owned(),
             stop: then == AfterSnapshot::End,
@@ -391,7 +391,7 @@ impl Vm {
         };
         let mut control = self.control()?;
         match control.call_and_wait(&call)? {
-            ControlAnswer::Snapshot(report) => Ok(Held {
+            ControlAnswer::Snapshot(report) => Ok(NewSnapshot {
                 report,
                 _control: control,
             }),
@@ -495,7 +495,7 @@ pub(crate) enum Lifetime {
 
 /// A new snapshot. The VM's process prevents its removal while this connection is open.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct NewSnapshot {
     pub(crate) report: SnapshotReport,
     _control: Control,
 }
