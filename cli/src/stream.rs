@@ -119,8 +119,8 @@ fn receive(
     remote: &impl Remote,
     phases: &mut Vec<Phase>,
 ) -> anyhow::Result<End> {
-    let mut stdout = Sink::new(io::stdout().as_fd().try_clone_to_owned()?.into());
-    let mut stderr = Sink::new(io::stderr().as_fd().try_clone_to_owned()?.into());
+    let mut stdout = OutputSink::new(io::stdout().as_fd().try_clone_to_owned()?.into());
+    let mut stderr = OutputSink::new(io::stderr().as_fd().try_clone_to_owned()?.into());
     let mut status = None;
     while let Some(event) = session
         .next_event()
@@ -154,12 +154,12 @@ fn receive(
 }
 
 /// An output stream whose reader may be gone before the command ends.
-struct Sink {
+struct OutputSink {
     file: File,
     broken: bool,
 }
 
-impl Sink {
+impl OutputSink {
     fn new(file: File) -> Self {
         Self {
             file,

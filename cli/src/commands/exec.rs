@@ -16,9 +16,9 @@ use crate::terminal;
 
 /// A command beside the workload, with its own connection.
 #[derive(Clone)]
-struct Command(SessionWriter);
+struct RemoteCommand(SessionWriter);
 
-impl Remote for Command {
+impl Remote for RemoteCommand {
     fn signal(&self, signal: u8) {
         // An error means that the command has just ended.
         let _ = self.0.signal(signal);
@@ -57,7 +57,7 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
         builder = builder.tty(columns, rows);
     }
     let session = builder.start()?;
-    let command = Command(session.writer());
+    let command = RemoteCommand(session.writer());
     let wiring = Wiring {
         stdin: process.interactive,
         tty: process.tty,

@@ -224,7 +224,7 @@ fn inspect(sm: &Sm, args: &ImageNames, printer: &Printer) -> Result<u32, Failure
 
 /// A step of an image's history.
 #[derive(serde::Serialize)]
-struct Step {
+struct HistoryStep {
     /// The layer that it created, if any.
     layer: Option<String>,
     created: Option<String>,
@@ -242,7 +242,7 @@ pub(crate) fn history(sm: &Sm, args: &HistoryArgs, printer: &Printer) -> Result<
         .map(|entry| {
             let empty = entry.empty_layer.unwrap_or(false);
             let layer = if empty { None } else { layers.next() };
-            Step {
+            HistoryStep {
                 layer: layer.map(|layer| layer.diff_id.to_string()),
                 created: entry.created.clone(),
                 created_by: entry.created_by.clone().unwrap_or_default(),
@@ -252,7 +252,7 @@ pub(crate) fn history(sm: &Sm, args: &HistoryArgs, printer: &Printer) -> Result<
         })
         .collect();
     // Some tools write no history.
-    steps.extend(layers.map(|layer| Step {
+    steps.extend(layers.map(|layer| HistoryStep {
         layer: Some(layer.diff_id.to_string()),
         created: None,
         created_by: String::new(),

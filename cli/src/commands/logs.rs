@@ -22,7 +22,7 @@ pub(crate) fn logs(sm: &Sm, args: &LogsArgs) -> Result<u32, Failure> {
         (since..=until).contains(&record.time_ns)
     };
     let mut logs = vm.logs()?;
-    let mut sink = Sink::new(args.timestamps);
+    let mut sink = LogSink::new(args.timestamps);
     let mut tail = Tail::new(args.tail);
     while let Some(record) = logs.next_record()? {
         if asked_for(&record)
@@ -76,13 +76,13 @@ fn last_lines(bytes: &[u8], count: usize) -> &[u8] {
 }
 
 /// Writes records to the stream of their origin.
-struct Sink {
+struct LogSink {
     timestamps: bool,
     /// True if the last bytes of a stream did not end a line.
     mid_line: [bool; 2],
 }
 
-impl Sink {
+impl LogSink {
     fn new(timestamps: bool) -> Self {
         Self {
             timestamps,
