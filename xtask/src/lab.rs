@@ -198,8 +198,8 @@ pub(crate) fn run(lab: &Lab, job: &LabJob, output: &JobOutput) -> Result<u8> {
     let status = fs::read_to_string(shared.join("status")).ok();
     let status = status.and_then(|text| text.trim().parse::<u8>().ok());
     match (ended, status) {
-        (Ended::Interrupted, _) => Ok(INTERRUPTED),
-        (Ended::TimedOut, _) => {
+        (JobEnd::Interrupted, _) => Ok(INTERRUPTED),
+        (JobEnd::TimedOut, _) => {
             show_tail(&console, &mut output.err());
             let _ = writeln!(
                 output.err(),
@@ -207,7 +207,7 @@ pub(crate) fn run(lab: &Lab, job: &LabJob, output: &JobOutput) -> Result<u8> {
             );
             Ok(TIMED_OUT)
         }
-        (Ended::Complete, Some(status)) => Ok(status),
+        (JobEnd::Complete, Some(status)) => Ok(status),
         _ => {
             show_tail(&console, &mut output.err());
             Err(LabCrashed.into())
@@ -234,7 +234,7 @@ pub(crate) fn outlive_crashes(mut job: impl FnMut() -> Result<u8>) -> Result<u8>
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Ended {
+enum JobEnd {
     /// All output was received.
     Complete,
     /// The machine has exited.
@@ -250,7 +250,7 @@ fn attend(
     token: &[u8],
     job: &LabJob,
     to: &JobOutput,
-) -> Result<Ended> {
+) -> Result<JobEnd> {
     // Ctrl-C reaches QEMU as well, which exits; this process then cleans up.
     let interrupted = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register(signal_hook::consts::SIGINT, interrupted.clone())
@@ -287,7 +287,7 @@ fn attend(
         let _ = sender.send(seen);
     });
 
-    let mut ended = Ended::Complete;
+    let mut ended = JobEnd::Complete;
     for _ in 0..2 {
         let seen = match deadline {
             None => receiver.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -297,14 +297,14 @@ fn attend(
         };
         match seen {
             Ok(Ok(true)) => {}
-            Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = Ended::Crashed,
+            Ok(Ok(false)) | Err(RecvTimeoutError::Disconnected) => ended = JobEnd::Crashed,
             // Our own output is closed, so the rest has no reader.
             Ok(Err(_)) => {
-                ended = Ended::Interrupted;
+                ended = JobEnd::Interrupted;
                 break;
             }
             Err(RecvTimeoutError::Timeout) => {
-                ended = Ended::TimedOut;
+                ended = JobEnd::TimedOut;
                 break;
             }
         }
@@ -313,7 +313,7 @@ fn attend(
     qemu.wait()?;
     drop(input);
     if interrupted.load(Ordering::Relaxed) {
-        ended = Ended::Interrupted;
+        ended = JobEnd::Interrupted;
     }
     Ok(ended)
 }
