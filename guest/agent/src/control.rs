@@ -24,7 +24,7 @@ pub(crate) mod part {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum ControlPhase {
     /// The agent is connecting to the host.
     Connecting,
     /// Waiting for HELLO.
@@ -51,7 +51,7 @@ fn limit(kind: FrameType) -> usize {
 #[derive(Debug)]
 pub(crate) struct Control {
     framed: Framed,
-    phase: Phase,
+    phase: ControlPhase,
 }
 
 impl Control {
@@ -59,7 +59,7 @@ impl Control {
     pub(crate) fn accepted(socket: OwnedFd) -> Self {
         Self {
             framed: Framed::new(socket, limit),
-            phase: Phase::Hello,
+            phase: ControlPhase::Hello,
         }
     }
 
@@ -67,20 +67,20 @@ impl Control {
     pub(crate) fn dialled(socket: OwnedFd) -> Self {
         Self {
             framed: Framed::new(socket, limit),
-            phase: Phase::Connecting,
+            phase: ControlPhase::Connecting,
         }
     }
 
     /// Handles readiness. Returns false if the connection is closed.
     pub(crate) fn ready(&mut self, ready: Readiness, scratch: &mut [u8]) -> bool {
-        if self.phase == Phase::Connecting {
+        if self.phase == ControlPhase::Connecting {
             if !matches!(
                 rustix::net::sockopt::socket_error(&self.framed.socket),
                 Ok(Ok(()))
             ) {
                 return false;
             }
-            self.phase = Phase::Hello;
+            self.phase = ControlPhase::Hello;
         }
         if ready.writable {
             self.framed.flush();
@@ -94,7 +94,9 @@ impl Control {
     /// Takes the next request, unless one is in progress or the last answer is not sent
     /// yet. Protocol errors are answered here.
     pub(crate) fn next_request(&mut self) -> Option<ControlRequest> {
-        if !matches!(self.phase, Phase::Hello | Phase::Idle) || !self.framed.is_flushed() {
+        if !matches!(self.phase, ControlPhase::Hello | ControlPhase::Idle)
+            || !self.framed.is_flushed()
+        {
             return None;
         }
         let parsed = match self.framed.decoder.next_frame() {
@@ -112,17 +114,17 @@ impl Control {
                  make a new base snapshot with the host's own agent",
                 hello.protocol
             ),
-            (Ok(request), Phase::Hello) if !matches!(request, ControlRequest::Hello(_)) => {
+            (Ok(request), ControlPhase::Hello) if !matches!(request, ControlRequest::Hello(_)) => {
                 "control: the first request must be hello".to_owned()
             }
             (Ok(request), _) => {
-                self.phase = Phase::Busy;
+                self.phase = ControlPhase::Busy;
                 return Some(request);
             }
             (Err(message), _) => message,
         };
         self.reply(&ControlReply::Error { message: refusal });
-        self.phase = Phase::Closing;
+        self.phase = ControlPhase::Closing;
         None
     }
 
@@ -131,20 +133,20 @@ impl Control {
         if let Ok(json) = serde_json::to_vec(reply) {
             self.framed.send(FrameType::Control, &json);
         }
-        self.phase = Phase::Idle;
+        self.phase = ControlPhase::Idle;
     }
 
     /// Updates the watched events. Returns false if the connection is to be closed.
     pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         let flushed = self.framed.is_flushed();
-        if self.framed.is_broken() || (self.phase == Phase::Closing && flushed) {
+        if self.framed.is_broken() || (self.phase == ControlPhase::Closing && flushed) {
             return false;
         }
         let mut want = match self.phase {
-            Phase::Connecting => Interest::WRITE,
-            Phase::Hello | Phase::Idle if flushed => Interest::READ,
-            Phase::Hello | Phase::Idle | Phase::Busy => Interest::HANGUP,
-            Phase::Closing => Interest::NONE,
+            ControlPhase::Connecting => Interest::WRITE,
+            ControlPhase::Hello | ControlPhase::Idle if flushed => Interest::READ,
+            ControlPhase::Hello | ControlPhase::Idle | ControlPhase::Busy => Interest::HANGUP,
+            ControlPhase::Closing => Interest::NONE,
         };
         if !flushed {
             want = want.and(Interest::WRITE);

@@ -68,7 +68,7 @@ pub(crate) enum Ask {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum SessionPhase {
     /// Waiting for CONTROL HELLO.
     Hello,
     /// Waiting for REQUEST.
@@ -92,7 +92,7 @@ struct Output {
 #[derive(Debug)]
 pub(crate) struct Session {
     client: Option<Framed>,
-    phase: Phase,
+    phase: SessionPhase,
     role: Role,
     tty: bool,
     pid: Option<Pid>,
@@ -115,7 +115,7 @@ impl Session {
     pub(crate) fn new(client: OwnedFd) -> Self {
         Self {
             client: Some(Framed::new(client, frame_limit)),
-            phase: Phase::Hello,
+            phase: SessionPhase::Hello,
             role: Role::Exec,
             tty: false,
             pid: None,
@@ -138,7 +138,9 @@ impl Session {
 
     /// Returns true if this session may still send frames to its client.
     pub(crate) fn has_pending_frames(&self) -> bool {
-        self.client.is_some() && self.phase != Phase::Hello && self.phase != Phase::Request
+        self.client.is_some()
+            && self.phase != SessionPhase::Hello
+            && self.phase != SessionPhase::Request
     }
 
     // ---- starting ----
@@ -151,7 +153,7 @@ impl Session {
         ends: AgentEnds,
         status: OwnedFd,
     ) {
-        self.phase = Phase::Starting;
+        self.phase = SessionPhase::Starting;
         self.role = request.role;
         self.tty = request.tty;
         self.pid = Some(pid);
@@ -179,7 +181,7 @@ impl Session {
         if let Some(client) = &mut self.client {
             client.send(FrameType::Exit, &exit.to_payload());
         }
-        self.phase = Phase::Closing;
+        self.phase = SessionPhase::Closing;
     }
 
     fn send_reply(&mut self, reply: &ExecReply) {
@@ -200,7 +202,7 @@ impl Session {
         self.detach();
         let mut client = Framed::new(client, frame_limit);
         let unsent = std::mem::take(&mut self.unsent);
-        if self.phase == Phase::Running {
+        if self.phase == SessionPhase::Running {
             let started = ExecReply::Started {
                 pid: self.shown_pid,
             };
@@ -214,9 +216,9 @@ impl Session {
 
     fn detach(&mut self) {
         if let Some(client) = self.client.take() {
-            if self.phase == Phase::Running {
+            if self.phase == SessionPhase::Running {
                 self.unsent = client.unsent();
-            } else if let (Phase::Closing, Role::Main, Some(exit), false) =
+            } else if let (SessionPhase::Closing, Role::Main, Some(exit), false) =
                 (self.phase, self.role, self.exit, client.is_flushed())
             {
                 // Keep the workload's last output without EXIT, which is created again.
@@ -224,14 +226,14 @@ impl Session {
                 let exit_len = HEADER_LEN + exit.to_payload().len();
                 let keep = self.unsent.len().saturating_sub(exit_len);
                 self.unsent.truncate(keep);
-                self.phase = Phase::Running;
+                self.phase = SessionPhase::Running;
             }
         }
     }
 
     fn drop_client(&mut self, reactor: &Reactor, key: Key) {
         self.detach();
-        if self.role == Role::Main && self.phase != Phase::Closing {
+        if self.role == Role::Main && self.phase != SessionPhase::Closing {
             return;
         }
         if let Some(pid) = self.live_pid() {
@@ -274,7 +276,7 @@ impl Session {
         };
         let mut decoder = std::mem::take(&mut client.decoder);
         let ask = loop {
-            if self.phase == Phase::Closing {
+            if self.phase == SessionPhase::Closing {
                 break Ask::Nothing;
             }
             match decoder.next_frame() {
@@ -297,7 +299,7 @@ impl Session {
 
     fn protocol_error(&mut self, message: &str) {
         match self.phase {
-            Phase::Hello | Phase::Request => self.refuse(125, message),
+            SessionPhase::Hello | SessionPhase::Request => self.refuse(125, message),
             // The stream cannot be resynchronised, so the client is lost: `settle` treats
             // it as disconnected.
             _ => {
@@ -310,18 +312,20 @@ impl Session {
 
     fn take_frame(&mut self, kind: FrameType, payload: &[u8]) -> Ask {
         match (self.phase, kind) {
-            (Phase::Hello, FrameType::Control) => self.take_hello(payload),
-            (Phase::Hello, _) => self.refuse(125, "exec: the first frame must be CONTROL hello"),
-            (Phase::Request, FrameType::Request) => match serde_json::from_slice(payload) {
+            (SessionPhase::Hello, FrameType::Control) => self.take_hello(payload),
+            (SessionPhase::Hello, _) => {
+                self.refuse(125, "exec: the first frame must be CONTROL hello")
+            }
+            (SessionPhase::Request, FrameType::Request) => match serde_json::from_slice(payload) {
                 Ok(request) => return Ask::Launch(Box::new(request)),
                 Err(error) => self.refuse(125, &format!("exec: malformed request: {error}")),
             },
-            (Phase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
+            (SessionPhase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
                 Ok(ExecControl::AttachMain) => return Ask::AttachMain,
                 Ok(ExecControl::Signal { pid, signal }) => return Ask::Signal { pid, signal },
                 _ => self.refuse(125, "exec: unknown control message"),
             },
-            (Phase::Request, _) => self.refuse(125, "exec: expected a request"),
+            (SessionPhase::Request, _) => self.refuse(125, "exec: expected a request"),
             (_, FrameType::Stdin) if payload.is_empty() => self.stdin.end(self.tty),
             (_, FrameType::Stdin) => self.stdin.push(payload),
             (_, FrameType::Resize) => {
@@ -352,7 +356,7 @@ impl Session {
     /// Signals the command if `pid` is its process identifier in the workload's view.
     /// Returns true if it is.
     pub(crate) fn signal_if(&self, pid: u32, number: u8) -> bool {
-        let is_meant = self.phase == Phase::Running && self.shown_pid == pid;
+        let is_meant = self.phase == SessionPhase::Running && self.shown_pid == pid;
         let is_meant = is_meant && self.live_pid().is_some();
         if is_meant {
             self.signal(number);
@@ -374,7 +378,7 @@ impl Session {
                 self.send_reply(&ExecReply::Hello(Hello {
                     protocol: PROTOCOL_VERSION,
                 }));
-                self.phase = Phase::Request;
+                self.phase = SessionPhase::Request;
             }
             Ok(ExecControl::Hello(hello)) => {
                 let text = format!(
@@ -438,7 +442,7 @@ impl Session {
             self.close_streams();
             self.refuse(*status, message);
         } else {
-            self.phase = Phase::Running;
+            self.phase = SessionPhase::Running;
             self.send_reply(&ExecReply::Started {
                 pid: self.shown_pid,
             });
@@ -523,7 +527,7 @@ impl Session {
             self.drop_client(reactor, key);
         }
         if let Some(exit) = self.exit
-            && self.phase == Phase::Running
+            && self.phase == SessionPhase::Running
         {
             while self.forward(0, scratch) || self.forward(1, scratch) {}
             if self.client.is_some() && self.outputs.iter().all(Option::is_none) {
@@ -547,9 +551,9 @@ impl Session {
     fn is_finished(&self) -> bool {
         let reaped = self.pid.is_none() || self.exit.is_some();
         match &self.client {
-            Some(client) => self.phase == Phase::Closing && client.is_flushed() && reaped,
+            Some(client) => self.phase == SessionPhase::Closing && client.is_flushed() && reaped,
             // The exit of the workload is kept for a later client.
-            None => reaped && (self.role != Role::Main || self.phase == Phase::Closing),
+            None => reaped && (self.role != Role::Main || self.phase == SessionPhase::Closing),
         }
     }
 
@@ -562,9 +566,9 @@ impl Session {
         let mut flushed = false;
         if let Some(client) = &mut self.client {
             flushed = client.is_flushed();
-            let reading = self.phase != Phase::Closing && !self.stdin.is_full();
+            let reading = self.phase != SessionPhase::Closing && !self.stdin.is_full();
             let want = when(reading, Interest::READ).and(when(!flushed, Interest::WRITE));
-            let hangup = when(self.phase != Phase::Closing, Interest::HANGUP);
+            let hangup = when(self.phase != SessionPhase::Closing, Interest::HANGUP);
             client
                 .socket
                 .set(reactor, token(part::CLIENT), want.and(hangup))?;
@@ -573,7 +577,7 @@ impl Session {
             status.watch(reactor, token(part::STATUS))?;
         }
         self.stdin.watch(reactor, token(part::STDIN))?;
-        let forwarding = self.phase == Phase::Running && flushed;
+        let forwarding = self.phase == SessionPhase::Running && flushed;
         for (output, part) in self.outputs.iter_mut().zip([part::STDOUT, part::STDERR]) {
             if let Some(output) = output {
                 output

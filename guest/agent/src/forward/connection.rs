@@ -45,7 +45,7 @@ struct Pump {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum ForwardPhase {
     Header {
         bytes: [u8; HEADER_LEN],
         received: usize,
@@ -65,7 +65,7 @@ enum Phase {
 pub(super) struct Connection {
     host: Watched,
     tcp: Option<Watched>,
-    phase: Phase,
+    phase: ForwardPhase,
     port: u16,
     deadline: Instant,
     backoff: Duration,
@@ -153,7 +153,7 @@ impl Connection {
         Self {
             host: Watched::new(host),
             tcp: None,
-            phase: Phase::Header {
+            phase: ForwardPhase::Header {
                 bytes: [0; HEADER_LEN],
                 received: 0,
             },
@@ -176,40 +176,40 @@ impl Connection {
         scratch: &mut [u8],
     ) {
         match self.phase {
-            Phase::Header { .. } => self.read_header(reactor, key),
-            Phase::Connecting { v6 } if which == part::TCP => {
+            ForwardPhase::Header { .. } => self.read_header(reactor, key),
+            ForwardPhase::Connecting { v6 } if which == part::TCP => {
                 let outcome = match &self.tcp {
                     Some(tcp) => sockopt::socket_error(tcp).unwrap_or_else(Err),
                     None => Err(Errno::NOTCONN),
                 };
                 self.connected(outcome, v6, reactor, key);
             }
-            Phase::Connecting { .. } => {
+            ForwardPhase::Connecting { .. } => {
                 // Until the connection is open, only the end of the host's side is
                 // relevant. Data that it sent ahead stays in the socket.
                 let closed = ready.closed || ready.error;
                 if closed || is_closed(self.host.as_fd()) {
-                    self.phase = Phase::Closed;
+                    self.phase = ForwardPhase::Closed;
                 }
             }
-            Phase::Open => self.pump(which, ready, scratch),
-            Phase::Refused => {
+            ForwardPhase::Open => self.pump(which, ready, scratch),
+            ForwardPhase::Refused => {
                 self.to_host.flush(self.host.as_fd());
                 self.end_when_flushed();
             }
-            Phase::Closed => {}
+            ForwardPhase::Closed => {}
         }
     }
 
     fn read_header(&mut self, reactor: &Reactor, key: Key) {
-        let Phase::Header { bytes, received } = &mut self.phase else {
+        let ForwardPhase::Header { bytes, received } = &mut self.phase else {
             return;
         };
         match recv(&self.host, &mut bytes[*received..], RecvFlags::DONTWAIT) {
             Ok((count, _)) if count > 0 => *received += count,
             Err(Errno::AGAIN | Errno::INTR) => return,
             _ => {
-                self.phase = Phase::Closed;
+                self.phase = ForwardPhase::Closed;
                 return;
             }
         }
@@ -221,7 +221,7 @@ impl Connection {
             Ok(header) => {
                 self.port = header.port;
                 self.deadline = Instant::now() + Duration::from_millis(u64::from(header.wait_ms));
-                self.phase = Phase::Connecting { v6: false };
+                self.phase = ForwardPhase::Connecting { v6: false };
                 self.retry(reactor, key);
             }
         }
@@ -229,7 +229,7 @@ impl Connection {
 
     /// Answers with a failure and ends the connection.
     fn finish(&mut self, status: ForwardStatus) {
-        self.phase = Phase::Refused;
+        self.phase = ForwardPhase::Refused;
         self.send_status(status);
         self.end_when_flushed();
     }
@@ -243,7 +243,7 @@ impl Connection {
 
     fn end_when_flushed(&mut self) {
         if !self.to_host.is_blocked() {
-            self.phase = Phase::Closed;
+            self.phase = ForwardPhase::Closed;
         }
     }
 
@@ -251,13 +251,13 @@ impl Connection {
 
     /// Starts an attempt, with IPv4 first.
     pub(super) fn retry(&mut self, reactor: &Reactor, key: Key) {
-        if matches!(self.phase, Phase::Connecting { .. }) && self.tcp.is_none() {
+        if matches!(self.phase, ForwardPhase::Connecting { .. }) && self.tcp.is_none() {
             self.attempt(false, reactor, key);
         }
     }
 
     fn attempt(&mut self, v6: bool, reactor: &Reactor, key: Key) {
-        self.phase = Phase::Connecting { v6 };
+        self.phase = ForwardPhase::Connecting { v6 };
         let port = match self.port {
             0 => listening::first(),
             port => Some(port),
@@ -317,14 +317,14 @@ impl Connection {
     fn open(&mut self) {
         self.send_status(ForwardStatus::Connected);
         if self.to_host.done {
-            self.phase = Phase::Closed;
+            self.phase = ForwardPhase::Closed;
             return;
         }
         if let Some(tcp) = &self.tcp {
             // Small messages must not wait for the peer's acknowledgement.
             let _ = sockopt::set_tcp_nodelay(tcp, true);
         }
-        self.phase = Phase::Open;
+        self.phase = ForwardPhase::Open;
     }
 
     // ---- open ----
@@ -343,7 +343,7 @@ impl Connection {
         let fd = if which == part::HOST { host } else { tcp };
         if source_ended && (ready.closed || ready.error || is_closed(fd)) {
             self.aborted = true;
-            self.phase = Phase::Closed;
+            self.phase = ForwardPhase::Closed;
             return;
         }
         let outcome = self
@@ -352,7 +352,7 @@ impl Connection {
             .and_then(|()| self.to_host.run(tcp, host, scratch));
         self.aborted = outcome.is_err();
         if self.aborted || (self.to_tcp.done && self.to_host.done) {
-            self.phase = Phase::Closed;
+            self.phase = ForwardPhase::Closed;
         }
     }
 
@@ -360,14 +360,14 @@ impl Connection {
     pub(super) fn settle(&mut self, reactor: &Reactor, key: Key) -> bool {
         let token = |part| Token::new(Class::Forward, part, key);
         let (host, tcp) = match self.phase {
-            Phase::Closed => return false,
-            Phase::Header { .. } => (Interest::READ, Interest::NONE),
-            Phase::Refused => (Interest::WRITE, Interest::NONE),
-            Phase::Connecting { .. } => (
+            ForwardPhase::Closed => return false,
+            ForwardPhase::Header { .. } => (Interest::READ, Interest::NONE),
+            ForwardPhase::Refused => (Interest::WRITE, Interest::NONE),
+            ForwardPhase::Connecting { .. } => (
                 Interest::WRITE.and(Interest::HANGUP).edge_triggered(),
                 Interest::WRITE,
             ),
-            Phase::Open => (
+            ForwardPhase::Open => (
                 interest(&self.to_tcp, &self.to_host),
                 interest(&self.to_host, &self.to_tcp),
             ),
