@@ -6,7 +6,7 @@
 //! bytes, so that the file can also be mapped and traversed in place.
 //!
 //! ```text
-//! header   magic, version, counts and lengths (see `Header`)
+//! header   magic, version, counts and lengths (see `IndexHeader`)
 //! record   fixed part (see `Fixed`), path, target of a link, extended attributes
 //! ...
 //! ```
@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 
-use self::encoding::{FIXED_LEN, Fixed, HEADER_BYTES, Header};
+use self::encoding::{FIXED_LEN, Fixed, HEADER_BYTES, IndexHeader};
 
 const MAGIC: [u8; 8] = *b"sm-layer";
 /// Format version. After a change, layers of other versions are converted again.
@@ -250,7 +250,7 @@ impl<'a> IndexWriter<'a> {
     /// Writes the header, which completes the index.
     pub(crate) fn finish(mut self, totals: Totals) -> io::Result<()> {
         self.out.flush()?;
-        let header = Header {
+        let header = IndexHeader {
             magic: MAGIC,
             version: VERSION,
             hides: self.hides.into(),
@@ -291,7 +291,7 @@ impl IndexReader {
             return Ok(None);
         }
         file.read_exact_at(&mut bytes, 0)?;
-        let header = Header::decode(&bytes);
+        let header = IndexHeader::decode(&bytes);
         let records_len = header.records_len;
         if header.magic != MAGIC
             || header.version != VERSION

@@ -103,11 +103,11 @@ pub(crate) struct Assembler {
     skeleton: zstd::stream::read::Decoder<'static, BufReader<File>>,
     blob: File,
     small: File,
-    piece: Piece,
+    piece: SkeletonPiece,
 }
 
 #[derive(Clone, Copy)]
-enum Piece {
+enum SkeletonPiece {
     Raw(u64),
     Blob { at: u64, left: u64 },
     Small { at: u64, left: u64 },
@@ -145,7 +145,7 @@ impl Assembler {
             skeleton: zstd::stream::read::Decoder::new(skeleton)?,
             blob,
             small,
-            piece: Piece::Raw(0),
+            piece: SkeletonPiece::Raw(0),
         })
     }
 
@@ -153,7 +153,7 @@ impl Assembler {
     fn advance(&mut self) -> io::Result<()> {
         let mut tag = [0];
         if self.skeleton.read(&mut tag).map_err(decoding_error)? == 0 {
-            self.piece = Piece::End;
+            self.piece = SkeletonPiece::End;
             return Ok(());
         }
         let mut number = |len: usize| -> io::Result<u64> {
@@ -163,12 +163,12 @@ impl Assembler {
             Ok(u64::from_le_bytes(bytes))
         };
         self.piece = match tag {
-            [RAW] => Piece::Raw(number(4)?),
-            [BLOB] => Piece::Blob {
+            [RAW] => SkeletonPiece::Raw(number(4)?),
+            [BLOB] => SkeletonPiece::Blob {
                 at: number(8)?,
                 left: number(8)?,
             },
-            [SMALL] => Piece::Small {
+            [SMALL] => SkeletonPiece::Small {
                 at: number(8)?,
                 left: number(8)?,
             },
@@ -197,9 +197,11 @@ impl Read for Assembler {
         }
         loop {
             match &mut self.piece {
-                Piece::End => return Ok(0),
-                Piece::Raw(0) | Piece::Blob { left: 0, .. } | Piece::Small { left: 0, .. } => {}
-                Piece::Raw(left) => {
+                SkeletonPiece::End => return Ok(0),
+                SkeletonPiece::Raw(0)
+                | SkeletonPiece::Blob { left: 0, .. }
+                | SkeletonPiece::Small { left: 0, .. } => {}
+                SkeletonPiece::Raw(left) => {
                     let most = usize::try_from(*left).map_or(buffer.len(), |n| n.min(buffer.len()));
                     let part = buffer.get_mut(..most).unwrap_or_default();
                     let count = self.skeleton.read(part).map_err(decoding_error)?;
@@ -209,8 +211,8 @@ impl Read for Assembler {
                     *left -= count as u64;
                     return Ok(count);
                 }
-                Piece::Blob { at, left } => return read_at(&self.blob, buffer, at, left),
-                Piece::Small { at, left } => return read_at(&self.small, buffer, at, left),
+                SkeletonPiece::Blob { at, left } => return read_at(&self.blob, buffer, at, left),
+                SkeletonPiece::Small { at, left } => return read_at(&self.small, buffer, at, left),
             }
             self.advance()?;
         }

@@ -271,7 +271,7 @@ impl<R: Read> Reader<R> {
         data: u64,
     ) -> Result<Option<SparseMap>, TarError> {
         if kind == b'S' {
-            let mut counting = Counting(&mut self.inner, 0);
+            let mut counting = CountingReader(&mut self.inner, 0);
             let map = sparse::old_gnu(block, &mut counting)?;
             self.position += counting.1;
             self.expect_data(data)?;
@@ -397,9 +397,9 @@ impl<R: Read> Read for Reader<R> {
 }
 
 /// A reader that counts the bytes read.
-struct Counting<'a, R>(&'a mut R, u64);
+struct CountingReader<'a, R>(&'a mut R, u64);
 
-impl<R: Read> Read for Counting<'_, R> {
+impl<R: Read> Read for CountingReader<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.0.read(buffer)?;
         self.1 += count as u64;

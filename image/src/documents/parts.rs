@@ -58,13 +58,13 @@ fn too_many() -> Error {
 fn layer(descriptor: &BlobDescriptor) -> Result<Named, Error> {
     let named = Named::from_descriptor(descriptor, "manifest")?;
     let reason = match kind(&named.media_type) {
-        Kind::Layer => return Ok(named),
-        Kind::Foreign => {
+        PartKind::Layer => return Ok(named),
+        PartKind::Foreign => {
             "it is a foreign layer, which registries do not store; layers are not fetched from \
              other addresses in an image"
         }
-        Kind::Encrypted => "it is encrypted",
-        Kind::Unknown => "the type is not supported",
+        PartKind::Encrypted => "it is encrypted",
+        PartKind::Unknown => "the type is not supported",
     };
     let text = format!("its media type is \"{}\": {reason}", named.media_type);
     Err(Error::Layer {
@@ -74,29 +74,29 @@ fn layer(descriptor: &BlobDescriptor) -> Result<Named, Error> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Kind {
+enum PartKind {
     Layer,
     Foreign,
     Encrypted,
     Unknown,
 }
 
-fn kind(media_type: &str) -> Kind {
+fn kind(media_type: &str) -> PartKind {
     let rest = |prefix| media_type.strip_prefix(prefix);
     let (compression, known) = if let Some(rest) = rest(OCI_LAYER) {
-        (rest, Kind::Layer)
+        (rest, PartKind::Layer)
     } else if let Some(rest) = rest(DOCKER_LAYER) {
-        (rest, Kind::Layer)
+        (rest, PartKind::Layer)
     } else if let Some(rest) = rest(OCI_FOREIGN).or_else(|| rest(DOCKER_FOREIGN)) {
-        (rest, Kind::Foreign)
+        (rest, PartKind::Foreign)
     } else {
-        return Kind::Unknown;
+        return PartKind::Unknown;
     };
     // The compression is detected from the stream.
     match compression {
         "" | "+gzip" | "+zstd" | ".gzip" | ".zstd" => known,
-        other if other.ends_with("+encrypted") => Kind::Encrypted,
-        _ => Kind::Unknown,
+        other if other.ends_with("+encrypted") => PartKind::Encrypted,
+        _ => PartKind::Unknown,
     }
 }
 
@@ -161,7 +161,7 @@ mod tests {
             "application/vnd.docker.image.rootfs.diff.tar.gzip",
             "application/vnd.docker.image.rootfs.diff.tar.zstd",
         ] {
-            assert_eq!(kind(ok), Kind::Layer, "{ok}");
+            assert_eq!(kind(ok), PartKind::Layer, "{ok}");
             let parts = Parts::of(&manifest(DOCKER_CONFIG, &layer_of(ok))).unwrap();
             assert_eq!(parts.layers[0].media_type, ok);
         }
@@ -171,7 +171,7 @@ mod tests {
             "text/plain",
             "",
         ] {
-            assert_eq!(kind(bad), Kind::Unknown, "{bad}");
+            assert_eq!(kind(bad), PartKind::Unknown, "{bad}");
         }
         let digest = Digest::of(b"layer").to_string();
         let plain = manifest(OCI_CONFIG, &layer_of("text/plain"));

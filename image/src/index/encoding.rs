@@ -6,7 +6,7 @@ pub(super) const HEADER_BYTES: usize = 64;
 pub(super) const FIXED_LEN: usize = 56;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct IndexHeader {
     pub(super) magic: [u8; 8],
     pub(super) version: u32,
     /// The layer contains whiteouts or opaque directories. Readers of earlier versions
@@ -16,7 +16,7 @@ pub(super) struct Header {
     pub(super) totals: Totals,
 }
 
-impl Header {
+impl IndexHeader {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_BYTES);
         bytes.extend_from_slice(&self.magic);
@@ -177,7 +177,7 @@ mod tests {
     fn every_byte_of_a_header_is_a_field() {
         let mut bytes: [u8; HEADER_BYTES] = sample();
         bytes[56..].fill(0);
-        let header = Header::decode(&bytes);
+        let header = IndexHeader::decode(&bytes);
         assert_eq!(header.version, 0x0c0b_0a09);
         assert_eq!(header.totals.entries, 0x1817_1615_1413_1211);
         assert_eq!(header.records_len, 0x201f_1e1d_1c1b_1a19);

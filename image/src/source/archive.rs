@@ -21,12 +21,12 @@ const MAX_NAME: usize = 512;
 /// Maximum number of links followed to a file (`docker save` links equal layers).
 const MAX_LINKS: usize = 8;
 
-enum Item {
+enum ArchiveItem {
     File { offset: u64, size: u64 },
     Link(String),
 }
 
-impl Item {
+impl ArchiveItem {
     /// Returns the number of stored name bytes.
     fn len(&self) -> usize {
         match self {
@@ -37,12 +37,12 @@ impl Item {
 }
 
 /// A tar file.
-pub(super) struct Archive {
+pub(super) struct TarArchive {
     file: File,
-    items: HashMap<String, Item>,
+    items: HashMap<String, ArchiveItem>,
 }
 
-impl Archive {
+impl TarArchive {
     /// Reads the headers of a tar file.
     ///
     /// # Errors
@@ -70,7 +70,7 @@ impl Archive {
     }
 }
 
-fn list(file: &mut File) -> Result<HashMap<String, Item>, Cause> {
+fn list(file: &mut File) -> Result<HashMap<String, ArchiveItem>, Cause> {
     let text = |error: io::Error| Cause::of(&error);
     let len = file.metadata().map_err(text)?.len();
     let mut items = HashMap::new();
@@ -100,17 +100,17 @@ fn list(file: &mut File) -> Result<HashMap<String, Item>, Cause> {
 
 /// Converts a header to a file or link; `None` for an entry that no document of an image
 /// can name.
-fn item(header: &Header, offset: u64) -> Option<(String, Item)> {
+fn item(header: &Header, offset: u64) -> Option<(String, ArchiveItem)> {
     let short = |bytes: &[u8]| bytes.len() <= MAX_NAME;
     let name = std::str::from_utf8(&header.path).ok();
     let name = join("", name.filter(|name| short(name.as_bytes()))?);
     let link = |from: &str, target: &[u8]| {
         let target = std::str::from_utf8(target).ok();
         let target = target.filter(|target| short(target.as_bytes()))?;
-        Some(Item::Link(join(from, target)))
+        Some(ArchiveItem::Link(join(from, target)))
     };
     let item = match &header.kind {
-        Kind::File => Item::File {
+        Kind::File => ArchiveItem::File {
             offset,
             size: header.size,
         },
@@ -137,20 +137,20 @@ fn join(name: &str, target: &str) -> String {
     parts.join("/")
 }
 
-impl Files for Archive {
+impl Files for TarArchive {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         self.open_file(path)
     }
 }
 
 /// Several [`Layout`](super::layout::Layout)s and other sources can share one archive.
-impl Files for &Archive {
+impl Files for &TarArchive {
     fn open<'a>(&'a self, path: &str) -> Result<Option<Box<dyn Read + Send + 'a>>, Error> {
         self.open_file(path)
     }
 }
 
-impl Archive {
+impl TarArchive {
     /// Opens a file by its path; `None` if it does not exist.
     pub(super) fn open_file<'a>(
         &'a self,
@@ -161,8 +161,8 @@ impl Archive {
         for _ in 0..MAX_LINKS {
             match self.items.get(name) {
                 None => return Ok(None),
-                Some(Item::Link(target)) => name = target,
-                Some(Item::File { offset, size }) => {
+                Some(ArchiveItem::Link(target)) => name = target,
+                Some(ArchiveItem::File { offset, size }) => {
                     return Ok(Some(Box::new(BufReader::new(Slice {
                         file: &self.file,
                         at: *offset,
@@ -229,7 +229,7 @@ mod tests {
                 add_link(builder, &format!("{directory}/{number}"), &target);
             }
         });
-        let error = Archive::new(file).err().unwrap();
+        let error = TarArchive::new(file).err().unwrap();
         assert_eq!(
             error.to_string(),
             format!("it has more than {MAX_NAMES} bytes of names")
@@ -244,7 +244,7 @@ mod tests {
             add_link(builder, "b", &long);
             add_link(builder, "c", "a");
         });
-        let archive = Archive::new(file).unwrap();
+        let archive = TarArchive::new(file).unwrap();
         assert_eq!(archive.items.keys().collect::<Vec<_>>(), ["c"]);
     }
 
@@ -268,7 +268,7 @@ mod tests {
         header.set_size(0);
         header.set_cksum();
         file.write_all(header.as_bytes()).unwrap();
-        let archive = Archive::new(file).unwrap();
+        let archive = TarArchive::new(file).unwrap();
         assert_eq!(archive.items.len(), 2);
     }
 
@@ -281,7 +281,7 @@ mod tests {
         header.set_cksum();
         file.write_all(header.as_bytes()).unwrap();
         file.write_all(&[1; 4095]).unwrap();
-        let error = Archive::new(file).err().unwrap();
+        let error = TarArchive::new(file).err().unwrap();
         assert_eq!(error.to_string(), "it is truncated");
     }
 

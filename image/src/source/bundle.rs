@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use super::archive::Archive;
+use super::archive::TarArchive;
 use super::choice::Choice;
 use super::docker::DockerArchive;
 use super::layout::Layout;
@@ -15,7 +15,7 @@ use crate::error::{Cause, ErrorKind};
 
 /// An archive whose headers have been read.
 pub(crate) struct Bundle {
-    archive: Archive,
+    archive: TarArchive,
     /// Source of the archive, for messages.
     label: String,
     is_layout: bool,
@@ -52,7 +52,7 @@ impl Bundle {
         let unknown = |reason: Cause| Error::unknown(&label, reason);
         let file = file.map_err(|error| unknown(Cause::of_stream(&error)))?;
         let damaged = |cause: Cause| unknown(cause.or(ErrorKind::Damaged));
-        let archive = Archive::new(file).map_err(damaged)?;
+        let archive = TarArchive::new(file).map_err(damaged)?;
         // Newer engines write both formats; the layout contains more information.
         let has = |name: &str| Ok::<_, Error>(archive.open_file(name)?.is_some());
         let is_layout = has("index.json")? && has("oci-layout")?;
@@ -104,11 +104,11 @@ impl Bundle {
         self.archive.open_file(&path)?.ok_or_else(missing)
     }
 
-    fn layout(&self, choice: Choice) -> Layout<&Archive> {
+    fn layout(&self, choice: Choice) -> Layout<&TarArchive> {
         Layout::new(&self.archive, self.label.clone(), choice)
     }
 
-    fn docker(&self, choice: Choice) -> DockerArchive<&Archive> {
+    fn docker(&self, choice: Choice) -> DockerArchive<&TarArchive> {
         DockerArchive::new(&self.archive, self.label.clone(), choice)
     }
 }

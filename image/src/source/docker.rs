@@ -17,7 +17,7 @@ use crate::platform::Platform;
 const MAX_IMAGES: usize = 1000;
 
 #[derive(Clone, Debug, Deserialize)]
-struct Item {
+struct DockerManifestItem {
     #[serde(rename = "Config")]
     config: String,
     #[serde(rename = "RepoTags", default)]
@@ -47,7 +47,7 @@ impl<F: Files> DockerArchive<F> {
         Error::unknown(&self.label, reason)
     }
 
-    fn items(&self) -> Result<Vec<Item>, Error> {
+    fn items(&self) -> Result<Vec<DockerManifestItem>, Error> {
         let Some(bytes) = read_small(&self.files, "manifest.json", "manifest")? else {
             let is_old = self.files.open("repositories")?.is_some();
             return Err(self.unknown(match is_old {
@@ -58,7 +58,7 @@ impl<F: Files> DockerArchive<F> {
                 false => "it is not a Docker archive (no manifest.json)",
             }));
         };
-        let items: Vec<Item> = parse(&bytes, "manifest")?;
+        let items: Vec<DockerManifestItem> = parse(&bytes, "manifest")?;
         if items.len() > MAX_IMAGES {
             let text = format!("it has more than {MAX_IMAGES} images");
             return Err(Error::document("manifest", text));
@@ -72,7 +72,7 @@ impl<F: Files> DockerArchive<F> {
         Ok(items.map(|item| item.tags.unwrap_or_default()).collect())
     }
 
-    fn item(&self) -> Result<Item, Error> {
+    fn item(&self) -> Result<DockerManifestItem, Error> {
         let mut items = self.items()?;
         let names: Vec<_> = items
             .iter()

@@ -177,13 +177,13 @@ pub(crate) fn open<'a>(
         Reference::Stored(_) => return Ok(None),
         #[cfg(feature = "archive")]
         Reference::OciArchive { file, tag } => {
-            let files = archive::Archive::open(file, reference, session)?;
+            let files = archive::TarArchive::open(file, reference, session)?;
             let choice = Choice::of(tag.as_deref());
             Box::new(layout::Layout::new(files, label, choice))
         }
         #[cfg(feature = "archive")]
         Reference::DockerArchive { file, tag } => {
-            let files = archive::Archive::open(file, reference, session)?;
+            let files = archive::TarArchive::open(file, reference, session)?;
             let choice = Choice::of(tag.as_deref());
             Box::new(docker::DockerArchive::new(files, label, choice))
         }

@@ -26,14 +26,14 @@ const SYSTEM: &str = "/etc/containers";
 /// The merged contents of the files.
 #[derive(Debug, Default)]
 pub(crate) struct Registries {
-    registries: Vec<Table>,
+    registries: Vec<RegistryTable>,
     aliases: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct File {
-    registry: Vec<Table>,
+struct RegistriesFile {
+    registry: Vec<RegistryTable>,
     aliases: BTreeMap<String, String>,
     /// Present in version 1 only.
     registries: Option<serde::de::IgnoredAny>,
@@ -42,7 +42,7 @@ struct File {
 /// A `[[registry]]` table.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
-struct Table {
+struct RegistryTable {
     prefix: String,
     location: String,
     insecure: bool,
@@ -131,7 +131,7 @@ impl Registries {
     }
 
     fn add(&mut self, text: &str, path: &Path) -> Result<(), String> {
-        let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+        let file: RegistriesFile = toml::from_str(text).map_err(|error| error.to_string())?;
         if file.registries.is_some() {
             return Err(
                 "it is of version 1 of the format; see containers-registries.conf(5)".into(),
@@ -159,7 +159,7 @@ impl Registries {
     }
 
     /// Returns the table with the longest matching prefix, and the length of the match.
-    fn table(&self, name: &str) -> Option<(&Table, usize)> {
+    fn table(&self, name: &str) -> Option<(&RegistryTable, usize)> {
         let matching = self
             .registries
             .iter()
@@ -216,7 +216,7 @@ impl Registries {
     }
 }
 
-impl Table {
+impl RegistryTable {
     fn check(&mut self) -> Result<(), String> {
         clean_location(&mut self.location)?;
         clean_location(&mut self.prefix)?;

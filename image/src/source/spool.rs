@@ -22,7 +22,7 @@ const CHUNK: usize = 1 << 20;
 
 /// Compression of a stream, detected from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Compression {
+enum DetectedCompression {
     None,
     Gzip,
     Zstd,
@@ -30,7 +30,7 @@ enum Compression {
     Other(&'static str),
 }
 
-impl Compression {
+impl DetectedCompression {
     fn of(head: &[u8]) -> Self {
         match head {
             [0x1f, 0x8b, ..] => Self::Gzip,
@@ -62,8 +62,8 @@ pub(super) fn open(path: &Path, session: Session<'_>) -> io::Result<File> {
     let mut head = [0; 8];
     let len = read_up_to(&mut file, &mut head)?;
     file.seek(SeekFrom::Start(0))?;
-    match Compression::of(head.get(..len).unwrap_or_default()) {
-        Compression::None => Ok(file),
+    match DetectedCompression::of(head.get(..len).unwrap_or_default()) {
+        DetectedCompression::None => Ok(file),
         _ => spool(file, session),
     }
 }
@@ -79,21 +79,21 @@ pub(super) fn spool(stream: impl Read, session: Session<'_>) -> io::Result<File>
 
 fn spool_within(stream: impl Read, session: Session<'_>, limits: Limits) -> io::Result<File> {
     let count = Rc::new(Cell::new(0));
-    let counting = Counting {
+    let counting = LimitedReader {
         stream,
         count: Rc::clone(&count),
         limits,
     };
     let mut stream = BufReader::with_capacity(CHUNK, counting);
-    let mut plain: Box<dyn Read + '_> = match Compression::of(stream.fill_buf()?) {
-        Compression::None => Box::new(stream),
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
-        Compression::Zstd => {
+    let mut plain: Box<dyn Read + '_> = match DetectedCompression::of(stream.fill_buf()?) {
+        DetectedCompression::None => Box::new(stream),
+        DetectedCompression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
+        DetectedCompression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
             decoder.window_log_max(ZSTD_WINDOW_LOG)?;
             Box::new(decoder)
         }
-        Compression::Other(name) => {
+        DetectedCompression::Other(name) => {
             return Err(io::Error::other(Cause::new(
                 ErrorKind::Unsupported,
                 format!("it is compressed by {name}: decompress it first"),
@@ -133,13 +133,13 @@ fn read_up_to(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(len)
 }
 
-struct Counting<R> {
+struct LimitedReader<R> {
     stream: R,
     count: Rc<Cell<u64>>,
     limits: Limits,
 }
 
-impl<R: Read> Read for Counting<R> {
+impl<R: Read> Read for LimitedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.stream.read(buffer)?;
         self.count.set(self.count.get() + count as u64);

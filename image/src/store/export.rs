@@ -35,10 +35,10 @@ pub(super) struct Exported {
 pub(super) struct ExportedLayer {
     pub(super) digest: Digest,
     pub(super) size: u64,
-    contents: Contents,
+    contents: ExportContents,
 }
 
-enum Contents {
+enum ExportContents {
     /// A file of the store.
     Stored(PathBuf),
     /// A file created for the export.
@@ -81,10 +81,10 @@ impl Exported {
             Ok(Box::new(file))
         };
         match &layer.contents {
-            Contents::Stored(path) => file(path.clone()),
-            Contents::Created(directory) => file(directory.path().join(CREATED)),
-            Contents::Plain(diff_id) => Ok(Box::new(store.assemble(*diff_id)?)),
-            Contents::Elsewhere => Err(Error::Blob {
+            ExportContents::Stored(path) => file(path.clone()),
+            ExportContents::Created(directory) => file(directory.path().join(CREATED)),
+            ExportContents::Plain(diff_id) => Ok(Box::new(store.assemble(*diff_id)?)),
+            ExportContents::Elsewhere => Err(Error::Blob {
                 digest: layer.digest.to_string(),
                 reason: "the recipient had it before, and has it no longer".to_owned(),
             }),
@@ -165,7 +165,7 @@ impl Store {
                 return Ok(ExportedLayer {
                     digest: layer.digest,
                     size: layer.size.unwrap_or(0),
-                    contents: Contents::Elsewhere,
+                    contents: ExportContents::Elsewhere,
                 });
             }
             let path = self.blob_path(layer.digest);
@@ -173,7 +173,7 @@ impl Store {
             Ok(ExportedLayer {
                 digest: layer.digest,
                 size: size.len(),
-                contents: Contents::Stored(path),
+                contents: ExportContents::Stored(path),
             })
         };
         let layers = record.layers.iter().map(export);
@@ -313,7 +313,7 @@ impl Store {
         Ok(ExportedLayer {
             digest: diff_id,
             size: stored.totals().tar_len,
-            contents: Contents::Plain(diff_id),
+            contents: ExportContents::Plain(diff_id),
         })
     }
 
@@ -350,7 +350,7 @@ impl Store {
         Ok(ExportedLayer {
             digest,
             size,
-            contents: Contents::Created(created),
+            contents: ExportContents::Created(created),
         })
     }
 }

@@ -20,7 +20,7 @@ use crate::tar::{END, Header, Kind, encode, padding};
 /// An item of `manifest.json`.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Item {
+struct ManifestItem {
     config: String,
     repo_tags: Vec<String>,
     layers: Vec<String>,
@@ -42,13 +42,13 @@ impl Store {
         let options = &options.child();
         let work = self.begin()?;
         let store = &work.store;
-        let mut archive = Archive {
+        let mut archive = ArchiveWriter {
             out,
             written: BTreeSet::new(),
         };
         archive.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
         let mut manifests = Vec::new();
-        let mut items: Vec<Item> = Vec::new();
+        let mut items: Vec<ManifestItem> = Vec::new();
         for query in queries {
             let (found, record) = work.needed_image(query)?;
             let exported =
@@ -64,7 +64,7 @@ impl Store {
             let kind = &exported.manifest_type;
             manifests.push(written::entry(kind, digest, size, annotations)?);
             let tag = name.filter(|name| name.tag().is_some());
-            items.push(Item {
+            items.push(ManifestItem {
                 config: blob(Digest::of(&exported.config)),
                 repo_tags: tag.iter().map(ToString::to_string).collect(),
                 layers: exported
@@ -82,8 +82,8 @@ impl Store {
 }
 
 /// Merges items into one for each image, with all its names.
-fn merged(items: Vec<Item>) -> Vec<Item> {
-    let mut merged: Vec<Item> = Vec::new();
+fn merged(items: Vec<ManifestItem>) -> Vec<ManifestItem> {
+    let mut merged: Vec<ManifestItem> = Vec::new();
     for item in items {
         match merged.iter_mut().find(|known| known.config == item.config) {
             Some(known) => known.repo_tags.extend(item.repo_tags),
@@ -110,13 +110,13 @@ fn unwritable(error: io::Error) -> Error {
 }
 
 /// An archive that is being written.
-struct Archive<'o> {
+struct ArchiveWriter<'o> {
     out: &'o mut dyn Write,
     /// Blobs that have been written.
     written: BTreeSet<Digest>,
 }
 
-impl Archive<'_> {
+impl ArchiveWriter<'_> {
     fn image(&mut self, store: &Store, image: &Exported) -> Result<(), Error> {
         for document in [&image.config, &image.manifest] {
             let digest = Digest::of(document);

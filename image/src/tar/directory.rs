@@ -28,11 +28,11 @@ pub(crate) struct DirectoryTar {
     links: HashMap<(u64, u64), Vec<u8>>,
     /// Header or padding that precedes further contents of the file.
     head: Cursor<Vec<u8>>,
-    file: Option<Contents>,
+    file: Option<FileContents>,
     ended: bool,
 }
 
-struct Contents {
+struct FileContents {
     file: File,
     left: u64,
     padding: usize,
@@ -84,7 +84,7 @@ impl DirectoryTar {
         let size = if kind == Kind::File { meta.len() } else { 0 };
         self.file = (size > 0)
             .then(|| {
-                Ok::<_, io::Error>(Contents {
+                Ok::<_, io::Error>(FileContents {
                     file: open(path)?,
                     left: size,
                     padding: padding(size),

@@ -40,7 +40,7 @@ impl std::fmt::Debug for Credentials {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Configuration {
-    auths: std::collections::BTreeMap<String, Entry>,
+    auths: std::collections::BTreeMap<String, CredentialEntry>,
     #[serde(rename = "credsStore")]
     store: Option<String>,
     #[serde(rename = "credHelpers")]
@@ -49,7 +49,7 @@ struct Configuration {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Entry {
+struct CredentialEntry {
     auth: Option<String>,
     identitytoken: Option<String>,
 }
@@ -156,7 +156,7 @@ fn canonical(keys: &[String]) -> Option<&String> {
     own.or_else(|| keys.iter().find(|key| !key.contains('/')))
 }
 
-fn from_entry(entry: &Entry) -> Option<Credentials> {
+fn from_entry(entry: &CredentialEntry) -> Option<Credentials> {
     if let Some(token) = entry
         .identitytoken
         .as_ref()

@@ -48,20 +48,20 @@ fn directories(host: &str) -> Vec<PathBuf> {
 }
 
 #[derive(Default)]
-struct Found {
+struct DirectoryCertificates {
     roots: Vec<Certificate<'static>>,
     own: Option<ClientCert>,
 }
 
 /// Reads a directory: `*.crt` are authorities, `NAME.cert` with `NAME.key` is a client
 /// certificate.
-fn read_directory(directory: &Path) -> Found {
+fn read_directory(directory: &Path) -> DirectoryCertificates {
     let Ok(entries) = std::fs::read_dir(directory) else {
-        return Found::default();
+        return DirectoryCertificates::default();
     };
     let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     paths.sort();
-    let mut found = Found::default();
+    let mut found = DirectoryCertificates::default();
     for path in paths {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("crt") => found.roots.extend(certificates(&path)),

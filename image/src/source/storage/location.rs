@@ -24,13 +24,13 @@ pub(super) struct Location {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct File {
-    storage: Table,
+struct StorageFile {
+    storage: StorageTable,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Table {
+struct StorageTable {
     driver: String,
     graphroot: String,
     rootless_storage_path: String,
@@ -119,14 +119,14 @@ impl Location {
     }
 }
 
-fn read(path: &Path) -> Result<Table, String> {
+fn read(path: &Path) -> Result<StorageTable, String> {
     let failed = |reason: String| format!("{path:?} cannot be used: {reason}");
     let meta = path.metadata().map_err(|error| failed(error.to_string()))?;
     if meta.len() > MAX_FILE {
         return Err(failed("it is too large".to_owned()));
     }
     let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
-    let file: File = toml::from_str(&text).map_err(|error| failed(error.to_string()))?;
+    let file: StorageFile = toml::from_str(&text).map_err(|error| failed(error.to_string()))?;
     Ok(file.storage)
 }
 

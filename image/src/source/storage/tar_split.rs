@@ -24,7 +24,7 @@ const FILE: u64 = 1;
 const SEGMENT: u64 = 2;
 
 #[derive(Deserialize)]
-struct Entry {
+struct SplitEntry {
     #[serde(rename = "type")]
     kind: u64,
     #[serde(default)]
@@ -38,7 +38,7 @@ struct Entry {
 }
 
 /// State of reading.
-enum Piece {
+enum SplitState {
     /// The next entry must be read.
     Between,
     Bytes(io::Cursor<Vec<u8>>),
@@ -53,7 +53,7 @@ pub(super) struct TarSplit {
     entries: BufReader<MultiGzDecoder<BufReader<File>>>,
     /// The directory that the layer was unpacked to.
     root: OwnedFd,
-    piece: Piece,
+    piece: SplitState,
     position: u64,
 }
 
@@ -64,7 +64,7 @@ impl TarSplit {
         Self {
             entries: BufReader::new(MultiGzDecoder::new(BufReader::new(entries))),
             root,
-            piece: Piece::Between,
+            piece: SplitState::Between,
             position: 0,
         }
     }
@@ -80,7 +80,7 @@ impl TarSplit {
         if line.last() != Some(&b'\n') && limited.limit() == 0 {
             return Err(invalid("a line is too long"));
         }
-        let entry: Entry =
+        let entry: SplitEntry =
             serde_json::from_slice(&line).map_err(|error| invalid(error.to_string()))?;
         if entry.position != self.position {
             return Err(invalid("its entries are out of order"));
@@ -94,15 +94,15 @@ impl TarSplit {
         self.piece = match entry.kind {
             SEGMENT => {
                 let bytes = decode(entry.payload.as_deref().unwrap_or_default())?;
-                Piece::Bytes(io::Cursor::new(bytes))
+                SplitState::Bytes(io::Cursor::new(bytes))
             }
-            FILE if entry.size == 0 => Piece::Between,
+            FILE if entry.size == 0 => SplitState::Between,
             FILE => {
                 let name = match &entry.name_raw {
                     Some(raw) => decode(raw)?,
                     None => entry.name.into_bytes(),
                 };
-                Piece::File {
+                SplitState::File {
                     file: open_below(&self.root, &name)?,
                     left: entry.size,
                 }
@@ -160,10 +160,10 @@ impl Read for TarSplit {
         }
         loop {
             let count = match &mut self.piece {
-                Piece::Between => 0,
-                Piece::Bytes(bytes) => bytes.read(buffer)?,
-                Piece::File { left: 0, .. } => 0,
-                Piece::File { file, left } => {
+                SplitState::Between => 0,
+                SplitState::Bytes(bytes) => bytes.read(buffer)?,
+                SplitState::File { left: 0, .. } => 0,
+                SplitState::File { file, left } => {
                     let most = usize::try_from(*left).unwrap_or(usize::MAX);
                     let most = most.min(buffer.len());
                     let count = file.read(buffer.get_mut(..most).unwrap_or_default())?;
