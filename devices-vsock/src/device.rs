@@ -165,9 +165,9 @@ impl Vsock {
         if let Some(queue) = queue
             && queue.publish(&active.memory)?
         {
-            let begun = self.mailbox.profiler.begin();
+            let since = self.mailbox.profiler.begin();
             active.interrupt.used_buffers();
-            self.mailbox.profiler.end(ProfileStage::Interrupt, begun);
+            self.mailbox.profiler.end(ProfileStage::Interrupt, since);
         }
         Ok(())
     }
@@ -199,9 +199,9 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return;
         };
-        let over = readiness.hangup || readiness.error;
-        connection.readable |= readiness.readable || over;
-        connection.hung_up |= over;
+        let hung_up = readiness.hangup || readiness.error;
+        connection.readable |= readiness.readable || hung_up;
+        connection.hung_up |= hung_up;
         if connection.has_backlog() && (readiness.writable || readiness.error) {
             if !self.muxer.flush(slot, registry) {
                 return;
@@ -210,7 +210,7 @@ impl Vsock {
             // Its writability need not be reported any more.
             self.muxer.watch_writing(slot, registry);
         }
-        if over && let Some(connection) = self.muxer.get(slot) {
+        if hung_up && let Some(connection) = self.muxer.get(slot) {
             connection.handle_hang_up();
             if connection.is_cancelled() {
                 self.muxer.abort(slot, ConnectError::HungUp, registry);
@@ -315,20 +315,20 @@ impl VirtioDevice for Vsock {
 
     fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
         // Serves all queues: receive buffers may have made room for resets.
-        let begun = self.mailbox.profiler.begin();
-        self.kicked = begun;
+        let since = self.mailbox.profiler.begin();
+        self.kicked = since;
         self.turn(registry);
         self.kicked = None;
-        self.mailbox.profiler.end(ProfileStage::GuestKick, begun);
+        self.mailbox.profiler.end(ProfileStage::GuestKick, since);
     }
 
     fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
         match token {
             MAILBOX => registry.call_again(TURN),
             TURN => {
-                let begun = self.mailbox.profiler.begin();
+                let since = self.mailbox.profiler.begin();
                 self.turn(registry);
-                self.mailbox.profiler.end(ProfileStage::HostReady, begun);
+                self.mailbox.profiler.end(ProfileStage::HostReady, since);
             }
             token => {
                 let Ok(slot) = u32::try_from(token & !(DEADLINE | RETRIES)) else {

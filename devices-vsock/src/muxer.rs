@@ -382,11 +382,11 @@ impl Muxer {
         let Some(connection) = self.get(slot) else {
             return;
         };
-        let known = connection.phase == Phase::Established
+        let known_to_guest = connection.phase == Phase::Established
             || connection.phase == Phase::Requested && !connection.pending.request;
         let (key, kind) = (connection.key, connection.socket_type());
         self.remove(slot, outcome, registry);
-        if known {
+        if known_to_guest {
             self.reset_stray(key, kind);
         }
     }

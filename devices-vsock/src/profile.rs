@@ -206,15 +206,15 @@ impl Profiler {
         self.on.load(Ordering::Relaxed).then(Instant::now)
     }
 
-    /// Ends a stage that started at `begun`.
-    pub fn end(&self, stage: ProfileStage, begun: Option<Instant>) {
-        if let Some(begun) = begun
+    /// Ends a stage that started at `since`.
+    pub fn end(&self, stage: ProfileStage, since: Option<Instant>) {
+        if let Some(since) = since
             && let Some(histogram) = self
                 .stages
                 .get()
                 .and_then(|stages| stages.get(stage as usize))
         {
-            let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let took = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
             histogram.add(took);
         }
     }
@@ -232,9 +232,9 @@ mod tests {
         profiler.end(ProfileStage::Tls, profiler.begin());
         assert_eq!(profiler.report(), []);
         profiler.start();
-        let begun = profiler.begin();
-        profiler.end(ProfileStage::Tls, begun);
-        profiler.end(ProfileStage::Interrupt, begun);
+        let since = profiler.begin();
+        profiler.end(ProfileStage::Tls, since);
+        profiler.end(ProfileStage::Interrupt, since);
         profiler.stop();
         profiler.end(ProfileStage::Accept, profiler.begin());
         let stages: Vec<_> = profiler

@@ -46,7 +46,7 @@ impl Connection {
             return Filled::Nothing;
         }
         let filled = if self.prefix_sent < self.prefix.len() {
-            self.fill_from_before(memory, spans, room)
+            self.fill_from_prefix(memory, spans, room)
         } else if !self.readable || self.read_done {
             Filled::Nothing
         } else if self.is_seqpacket() {
@@ -60,7 +60,7 @@ impl Connection {
         filled
     }
 
-    fn fill_from_before(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
+    fn fill_from_prefix(&mut self, memory: &GuestMemory, spans: &[Span], room: u32) -> Filled {
         let rest = self.prefix.get(self.prefix_sent..).unwrap_or_default();
         let now = rest.get(..room as usize).unwrap_or(rest);
         if !Window::new(spans, 0, room).copy_in(memory, now) {
@@ -198,8 +198,8 @@ impl Connection {
                 Moved::Broken => return false,
             }
         }
-        let keep = |span: &Span| self.backlog.push(pool, memory, span.address, span.len);
-        spans.iter().all(keep)
+        let store = |span: &Span| self.backlog.push(pool, memory, span.address, span.len);
+        spans.iter().all(store)
     }
 
     fn take_message(

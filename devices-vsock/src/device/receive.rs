@@ -30,7 +30,7 @@ pub(super) struct Receiver {
     spare: Vec<DescriptorChain>,
     spans: Vec<Span>,
     /// Maximum length of data in each buffer of a run.
-    rooms: Vec<u32>,
+    capacities: Vec<u32>,
     /// Buffer for one message.
     scratch: Vec<u8>,
     /// Connections whose requests wait for the end of a transport reset.
@@ -80,18 +80,18 @@ impl Receiver {
     /// size.
     fn collect(&mut self, wanted: usize, credit: u32) -> Result<u32, QueueError> {
         self.spans.clear();
-        self.rooms.clear();
+        self.capacities.clear();
         let mut offered = 0;
         for chain in self.stash.iter().take(wanted) {
-            let room = chain.writable_len().checked_sub(HEADER_LEN);
-            let Some(room) = room else {
+            let capacity = chain.writable_len().checked_sub(HEADER_LEN);
+            let Some(capacity) = capacity else {
                 // An error of the guest, once this buffer is the first.
-                match self.rooms.is_empty() {
+                match self.capacities.is_empty() {
                     true => return Err(QueueError::Buffer),
                     false => break,
                 }
             };
-            let most = room.min(credit - offered);
+            let most = capacity.min(credit - offered);
             let window = Window::new(&chain.writable, HEADER_LEN, most);
             let mut now = 0;
             for span in window.spans() {
@@ -104,14 +104,14 @@ impl Receiver {
             if now == 0 {
                 break;
             }
-            self.rooms.push(now);
+            self.capacities.push(now);
             offered += now;
         }
         Ok(offered)
     }
 
     /// Returns the first buffer with a packet in it.
-    fn put(
+    fn send_header(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemory,
@@ -120,8 +120,8 @@ impl Receiver {
         let Some(chain) = self.stash.pop_front() else {
             return Ok(());
         };
-        let place = Window::new(&chain.writable, 0, HEADER_LEN);
-        if !place.copy_in(memory, &header.encode()) {
+        let window = Window::new(&chain.writable, 0, HEADER_LEN);
+        if !window.copy_in(memory, &header.encode()) {
             return Err(QueueError::Buffer);
         }
         queue.push_used(memory, chain.head(), HEADER_LEN + header.len)?;
@@ -166,9 +166,9 @@ impl Vsock {
         }
     }
 
-    fn put(&mut self, memory: &GuestMemory, header: &Header) -> Result<(), QueueError> {
+    fn send_header(&mut self, memory: &GuestMemory, header: &Header) -> Result<(), QueueError> {
         match self.queues.get_mut(RX) {
-            Some(queue) => self.receiver.put(queue, memory, header),
+            Some(queue) => self.receiver.send_header(queue, memory, header),
             None => Ok(()),
         }
     }
@@ -195,7 +195,7 @@ impl Vsock {
     ) -> Result<usize, QueueError> {
         if let Some(stray) = self.muxer.resets.pop_front() {
             let header = self.header(stray.key, stray.kind, Operation::Reset);
-            self.put(memory, &header)?;
+            self.send_header(memory, &header)?;
             return Ok(1);
         }
         let Some(slot) = self.muxer.ready.pop_front() else {
@@ -245,7 +245,7 @@ impl Vsock {
             fwd_cnt,
             ..self.header(key, kind, op)
         };
-        self.put(memory, &header)
+        self.send_header(memory, &header)
     }
 
     /// Reads from a connection's socket into as many buffers at once as it is likely to
@@ -279,10 +279,10 @@ impl Vsock {
         let Some(connection) = self.muxer.get(slot) else {
             return Ok(0);
         };
-        let begun = self.mailbox.profiler.begin();
+        let since = self.mailbox.profiler.begin();
         let Receiver { spans, scratch, .. } = &mut self.receiver;
         let filled = connection.fill(memory, spans, offered, scratch);
-        self.mailbox.profiler.end(ProfileStage::SocketRead, begun);
+        self.mailbox.profiler.end(ProfileStage::SocketRead, since);
         match filled {
             Filled::Data { len, ends_message } => {
                 let used = self.produce_run(memory, slot, len, ends_message)?;
@@ -334,13 +334,13 @@ impl Vsock {
         };
         let mut left = filled;
         let mut used = 0;
-        while let Some(&room) = self.receiver.rooms.get(used) {
-            header.len = left.min(room);
+        while let Some(&capacity) = self.receiver.capacities.get(used) {
+            header.len = left.min(capacity);
             left -= header.len;
             if left == 0 && ends_message && is_seqpacket_type(kind) {
                 header.flags = END_OF_MESSAGE;
             }
-            self.put(memory, &header)?;
+            self.send_header(memory, &header)?;
             used += 1;
             if left == 0 {
                 break;

@@ -366,9 +366,9 @@ impl Vsock {
         if let Some(member) = &connection.member {
             member.count_from_guest(u64::from(len));
         }
-        let begun = self.mailbox.profiler.begin();
+        let since = self.mailbox.profiler.begin();
         let taken = connection.take(memory, pool, counters, spans, len, flags);
-        self.mailbox.profiler.end(ProfileStage::SocketWrite, begun);
+        self.mailbox.profiler.end(ProfileStage::SocketWrite, since);
         if !taken {
             self.muxer.abort(slot, ConnectError::Reset, registry);
             return;
