@@ -36,14 +36,14 @@ impl<L: Listener> FrontendListener<L> {
             return false;
         };
         let profiler = self.service.muxer.profiler();
-        let mut begun = profiler.begin();
+        let mut since = profiler.begin();
         let connections = self
             .acceptor
             .accept(usize::MAX, waker, &self.service, registry);
         for (stream, permit) in connections {
             self.forward(stream, permit);
-            profiler.end(ProfileStage::Accept, begun);
-            begun = profiler.begin();
+            profiler.end(ProfileStage::Accept, since);
+            since = profiler.begin();
         }
         self.acceptor.has_more()
     }

@@ -287,7 +287,7 @@ impl Handoff {
         let Some(router) = self.routers.get_mut(&token) else {
             return Ok(());
         };
-        let begun = self.service.muxer.profiler().begin();
+        let since = self.service.muxer.profiler().begin();
         let permit = router.permit.take();
         let (stream, payload) = std::mem::take(&mut router.message).into_parts()?;
         let mut preamble = self.target.encode().to_vec();
@@ -302,7 +302,7 @@ impl Handoff {
         self.service
             .muxer
             .profiler()
-            .end(ProfileStage::Accept, begun);
+            .end(ProfileStage::Accept, since);
         Ok(())
     }
 

@@ -39,8 +39,8 @@ pub(crate) fn read(bytes: &[u8]) -> RequestLine {
 fn parse(line: &[u8]) -> Option<u32> {
     let mut words = words(line);
     let (word, digits) = (words.next()?, words.next()?);
-    let alone = words.next().is_none();
-    if !alone || !word.eq_ignore_ascii_case(WORD) || !digits.iter().all(u8::is_ascii_digit) {
+    let is_last = words.next().is_none();
+    if !is_last || !word.eq_ignore_ascii_case(WORD) || !digits.iter().all(u8::is_ascii_digit) {
         return None;
     }
     std::str::from_utf8(digits).ok()?.parse().ok()

@@ -258,7 +258,7 @@ impl Hybrid {
     }
 
     fn connect(&self, port: u32, stream: UnixStream, member: Member) {
-        let begun = self.service.muxer.profiler().begin();
+        let since = self.service.muxer.profiler().begin();
         let answer = match stream.try_clone() {
             // The second descriptor is temporary, so a reached limit does not delay it.
             Ok(answer) => (answer, self.service.limit.take(1)),
@@ -278,7 +278,7 @@ impl Hybrid {
         self.service
             .muxer
             .profiler()
-            .end(ProfileStage::Accept, begun);
+            .end(ProfileStage::Accept, since);
     }
 }
 

@@ -96,7 +96,7 @@ impl TlsListener {
         let Some(waker) = self.waker.clone() else {
             return false;
         };
-        let mut begun = self.service.muxer.profiler().begin();
+        let mut since = self.service.muxer.profiler().begin();
         let free = MAX_HANDSHAKES.saturating_sub(self.handshakes);
         self.backlog_waits = free == 0;
         let accepted = self.acceptor.accept(free, &waker, &self.service, registry);
@@ -105,8 +105,8 @@ impl TlsListener {
                 self.service.counters.refuse(error);
             }
             let profiler = self.service.muxer.profiler();
-            profiler.end(ProfileStage::Accept, begun);
-            begun = profiler.begin();
+            profiler.end(ProfileStage::Accept, since);
+            since = profiler.begin();
         }
         self.acceptor.has_more()
     }
@@ -251,7 +251,7 @@ impl EventHandler for TlsListener {
                 self.evict(late & !token::DEADLINE, registry);
             }
             token => {
-                let begun = self.service.muxer.profiler().begin();
+                let since = self.service.muxer.profiler().begin();
                 let session = token & !(token::RETRY | 1);
                 if token & token::RETRY != 0
                     && let Some(connection) = self.sessions.get_mut(&session)
@@ -259,7 +259,7 @@ impl EventHandler for TlsListener {
                     connection.retry = None;
                 }
                 self.serve(session, registry);
-                self.service.muxer.profiler().end(ProfileStage::Tls, begun);
+                self.service.muxer.profiler().end(ProfileStage::Tls, since);
             }
         }
     }

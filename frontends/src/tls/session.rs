@@ -94,8 +94,9 @@ impl<S: TlsSocket> TlsSession<S> {
     /// Returns true if the session only waits for the client to close: the guest has
     /// ended the connection in both directions.
     pub(super) fn is_closing(&self) -> bool {
-        let gone = |guest: &Registered<UnixStream>| send(guest, &[], SendFlags::NOSIGNAL).is_err();
-        self.close_notify_sent && self.guest.as_ref().is_none_or(gone)
+        let closed =
+            |guest: &Registered<UnixStream>| send(guest, &[], SendFlags::NOSIGNAL).is_err();
+        self.close_notify_sent && self.guest.as_ref().is_none_or(closed)
     }
 
     /// Returns true if the system lacked memory in the last [`Self::pump`]. No event
