@@ -65,24 +65,25 @@ fn lapic(wanted: &[u8], found: &[u8]) -> Option<String> {
 }
 
 fn msr(wanted: &[(u32, u64)], found: &[(u32, u64)]) -> Option<String> {
-    let mut kept = wanted
+    let mut compared = wanted
         .iter()
         .filter(|(index, _)| !MOVING_MSRS.contains(index));
-    kept.find(|&&(index, value)| {
-        let found = super::msrs::value(found, index);
-        // AMD processors have 32 bits of SYSENTER_ESP and SYSENTER_EIP, which
-        // long mode does not use there.
-        let bits = if matches!(index, 0x175 | 0x176) {
-            u64::from(u32::MAX)
-        } else {
-            u64::MAX
-        };
-        found.is_none_or(|found| (found ^ value) & bits != 0)
-    })
-    .map(|(index, value)| {
-        let found = super::msrs::value(found, *index);
-        format!("MSR {index:#x} ({value:#x}, then {found:x?})")
-    })
+    compared
+        .find(|&&(index, value)| {
+            let found = super::msrs::value(found, index);
+            // AMD processors have 32 bits of SYSENTER_ESP and SYSENTER_EIP, which
+            // long mode does not use there.
+            let bits = if matches!(index, 0x175 | 0x176) {
+                u64::from(u32::MAX)
+            } else {
+                u64::MAX
+            };
+            found.is_none_or(|found| (found ^ value) & bits != 0)
+        })
+        .map(|(index, value)| {
+            let found = super::msrs::value(found, *index);
+            format!("MSR {index:#x} ({value:#x}, then {found:x?})")
+        })
 }
 
 #[cfg(test)]

@@ -277,14 +277,14 @@ fn restore_xsave(fd: &VcpuFd, bytes: &[u8], len: usize) -> Result<(), Error> {
     };
     let mut xsave = empty_xsave(len)?;
     let flexible = xsave.as_mut_slice().as_mut_bytes();
-    let (kept, beyond) = extra.split_at(extra.len().min(flexible.len()));
+    let (fitting, beyond) = extra.split_at(extra.len().min(flexible.len()));
     if beyond.iter().any(|byte| *byte != 0) {
         return Err(unfit(format!(
             "its XSAVE area has {} bytes, and this host knows {len} of them",
             bytes.len()
         )));
     }
-    flexible[..kept.len()].copy_from_slice(kept);
+    flexible[..fitting.len()].copy_from_slice(fitting);
     // SAFETY: the length of the flexible part is not changed.
     let area = unsafe { xsave.as_mut_fam_struct() };
     area.xsave.region.as_mut_bytes().copy_from_slice(legacy);
