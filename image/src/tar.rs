@@ -136,15 +136,15 @@ impl<R: Read> Reader<R> {
         // GNU long names take precedence over those of pax headers.
         let (mut long_path, mut long_link) = (None, None);
         // An extended header is part of an entry.
-        let mut begun = false;
+        let mut in_extended_header = false;
         for _ in 0..MAX_HEADERS {
             let Some(block) = self.header_block()? else {
-                return match begun {
+                return match in_extended_header {
                     true => Err(invalid("it ends after an extended header")),
                     false => Ok(None),
                 };
             };
-            begun = matches!(block[156], b'x' | b'L' | b'K');
+            in_extended_header = matches!(block[156], b'x' | b'L' | b'K');
             let size = number(field(&block, 124, 12))?;
             match block[156] {
                 b'x' => extended = self.read_pax(size)?,

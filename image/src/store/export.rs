@@ -224,7 +224,7 @@ impl Store {
             if !missing.iter().any(|wanted| wanted.digest == layer.digest) {
                 continue;
             }
-            let tell = |step| {
+            let report_step = |step| {
                 (options.report)(Progress::Layer {
                     number,
                     of,
@@ -239,7 +239,7 @@ impl Store {
             let mut done = 0;
             let mut chunk = vec![0; 256 << 10];
             loop {
-                tell(LayerStep::Moving {
+                report_step(LayerStep::Moving {
                     done,
                     total: layer.size,
                 });
@@ -267,7 +267,7 @@ impl Store {
             let synced = out.get_ref().sync_all();
             synced.map_err(Error::file("write", &path))?;
             self.store_blob(layer.digest, &path)?;
-            tell(LayerStep::Done);
+            report_step(LayerStep::Done);
         }
         Ok(true)
     }

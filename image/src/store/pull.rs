@@ -325,7 +325,7 @@ impl Pull<'_> {
 
     /// Returns the layer in the store, and converts it if it is missing.
     fn layer(&self, layer: &SourceLayer, number: usize, of: usize) -> Result<StoredLayer, Error> {
-        let tell = |step| {
+        let report_step = |step| {
             (self.options.report)(Progress::Layer {
                 number: number + 1,
                 of,
@@ -335,22 +335,22 @@ impl Pull<'_> {
         };
         let path = self.store.layer_path(layer.diff_id);
         if let Some(stored) = StoredLayer::open(path.clone())? {
-            tell(LayerStep::Present);
+            report_step(LayerStep::Present);
             return Ok(stored);
         }
         let message = self.options.message();
         let _creating = self.store.lock_creation("layer", layer.diff_id, &message)?;
         if let Some(stored) = StoredLayer::open(path.clone())? {
-            tell(LayerStep::Present);
+            report_step(LayerStep::Present);
             return Ok(stored);
         }
         let mut progress = |done| {
             let total = layer.size;
-            tell(LayerStep::Moving { done, total });
+            report_step(LayerStep::Moving { done, total });
         };
         progress(0);
         self.convert(layer, &mut progress)?;
-        tell(LayerStep::Done);
+        report_step(LayerStep::Done);
         StoredLayer::open_published(path)
     }
 

@@ -99,7 +99,7 @@ impl Push<'_> {
 
     fn layer(&self, image: &Exported, layer: &ExportedLayer, number: usize) -> Result<(), Error> {
         let of = image.layers.len();
-        let tell = |step| {
+        let report_step = |step| {
             (self.options.report)(Progress::Layer {
                 number: number + 1,
                 of,
@@ -109,11 +109,11 @@ impl Push<'_> {
         };
         let open = || image.open(self.store, layer).map_err(io::Error::other);
         let total = Some(layer.size);
-        let mut progress = |done| tell(LayerStep::Moving { done, total });
+        let mut progress = |done| report_step(LayerStep::Moving { done, total });
         let pushed = self
             .pusher
             .blob(layer.digest, layer.size, &open, &mut progress)?;
-        tell(match pushed {
+        report_step(match pushed {
             Pushed::Sent => LayerStep::Done,
             Pushed::Existed | Pushed::Mounted => LayerStep::Present,
         });

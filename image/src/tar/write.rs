@@ -12,8 +12,8 @@ pub(crate) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 /// Returns the number of padding bytes after `size` bytes of data.
 pub(crate) fn padding(size: u64) -> usize {
-    let over = usize::try_from(size % BLOCK as u64).unwrap_or(0);
-    (BLOCK - over) % BLOCK
+    let excess = usize::try_from(size % BLOCK as u64).unwrap_or(0);
+    (BLOCK - excess) % BLOCK
 }
 
 /// Encodes the header of an entry that is not sparse, preceded by pax records.
@@ -66,7 +66,7 @@ pub(crate) fn encode(header: &Header) -> Vec<u8> {
     let mut bytes = Vec::new();
     if !records.is_empty() {
         let mut extended = [0; BLOCK];
-        put(&mut extended, 0, b"PaxHeader");
+        write_field(&mut extended, 0, b"PaxHeader");
         put_octal(&mut extended, 100, 8, 0o644);
         put_octal(&mut extended, 124, 12, records.len() as u64);
         finish(&mut extended, b'x');
@@ -79,19 +79,19 @@ pub(crate) fn encode(header: &Header) -> Vec<u8> {
     bytes
 }
 
-fn put(block: &mut [u8; BLOCK], at: usize, bytes: &[u8]) {
+fn write_field(block: &mut [u8; BLOCK], at: usize, bytes: &[u8]) {
     block[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
 /// Writes an octal number. Fields of `len` bytes end with a zero.
 fn put_octal(block: &mut [u8; BLOCK], at: usize, len: usize, value: u64) {
     let text = format!("{value:0width$o}", width = len - 1);
-    put(block, at, text.as_bytes());
+    write_field(block, at, text.as_bytes());
 }
 
 fn put_text(block: &mut [u8; BLOCK], at: usize, text: &[u8], key: &str, records: &mut Vec<u8>) {
     if text.len() <= 100 {
-        put(block, at, text);
+        write_field(block, at, text);
     } else {
         record(records, key.as_bytes(), text);
     }
@@ -99,8 +99,8 @@ fn put_text(block: &mut [u8; BLOCK], at: usize, text: &[u8], key: &str, records:
 
 fn finish(block: &mut [u8; BLOCK], flag: u8) {
     block[156] = flag;
-    put(block, 257, b"ustar\x0000");
-    put(block, 148, b"        ");
+    write_field(block, 257, b"ustar\x0000");
+    write_field(block, 148, b"        ");
     let sum: u64 = block.iter().map(|byte| u64::from(*byte)).sum();
     put_octal(block, 148, 7, sum);
     block[154] = 0;

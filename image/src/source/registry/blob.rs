@@ -42,7 +42,7 @@ pub(super) struct Blob<'a> {
     since: u64,
     pace: Pace,
     /// Offset at which the last answer started.
-    begun: u64,
+    started_at: u64,
 }
 
 /// Measures the rate while data is awaited.
@@ -77,7 +77,7 @@ impl<'a> Blob<'a> {
             backoff: Backoff::new(session, RESUMES),
             since: 0,
             pace: Pace::default(),
-            begun: 0,
+            started_at: 0,
         })
     }
 
@@ -125,16 +125,16 @@ impl<'a> Blob<'a> {
             None => {
                 let body = self.request(client)?;
                 self.pace = Pace::default();
-                self.begun = self.at;
+                self.started_at = self.at;
                 body
             }
         };
-        let begun = Instant::now();
+        let started = Instant::now();
         let count = body.read(buffer).map_err(|error| broken(&error))?;
         if count == 0 {
             return Err(broken(&io::ErrorKind::UnexpectedEof.into()));
         }
-        if self.pace.drags(count as u64, begun.elapsed()) {
+        if self.pace.drags(count as u64, started.elapsed()) {
             let seconds = WHILE.as_secs();
             let text = format!("it sends less than {SLOWEST} bytes in {seconds} s");
             let reason = Cause::new(ErrorKind::Unreachable, text);
@@ -159,8 +159,8 @@ impl<'a> Blob<'a> {
             Failure::Final(reason) => client.error(reason),
             Failure::Passing(reason, requested) => {
                 // A connection that delivered data is replaced immediately.
-                let requested = requested.or((self.at > self.begun).then_some(Duration::ZERO));
-                self.begun = self.at;
+                let requested = requested.or((self.at > self.started_at).then_some(Duration::ZERO));
+                self.started_at = self.at;
                 match self
                     .backoff
                     .wait_for_retry(&client.repository().registry, requested)

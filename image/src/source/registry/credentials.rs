@@ -138,11 +138,11 @@ fn from_configuration(
         // Keys in the store are usually listed. If none is, Docker asks for the registry
         // itself.
         let listed = |key: &&String| configuration.auths.contains_key(*key);
-        let mut asked: Vec<&String> = keys.iter().filter(listed).collect();
-        if asked.is_empty() {
-            asked.extend(canonical(keys));
+        let mut candidates: Vec<&String> = keys.iter().filter(listed).collect();
+        if candidates.is_empty() {
+            candidates.extend(canonical(keys));
         }
-        if let Some(found) = asked.into_iter().find_map(|key| helper(name, key)) {
+        if let Some(found) = candidates.into_iter().find_map(|key| helper(name, key)) {
             return Some(found);
         }
     }
@@ -194,9 +194,9 @@ fn query(helper: &mut Command, key: &str) -> Option<Credentials> {
         .spawn()
         .ok()?;
     // A helper that exits without reading must be reaped as well.
-    let asked = child.stdin.take()?.write_all(key.as_bytes());
+    let written = child.stdin.take()?.write_all(key.as_bytes());
     let output = child.wait_with_output().ok()?;
-    if asked.is_err() || !output.status.success() {
+    if written.is_err() || !output.status.success() {
         return None;
     }
     let helped: Helped = serde_json::from_slice(&output.stdout).ok()?;

@@ -48,14 +48,14 @@ pub(super) struct Answer {
     /// The address that answered.
     pub(super) from: Uri,
     /// Another host has chosen the address, even if it is one of the requested host.
-    strayed: bool,
+    left_origin: bool,
 }
 
 impl Answer {
     /// Returns true if the answer is from the origin of `base`, at an address that no other
     /// host has chosen.
     pub(super) fn is_of(&self, base: &Uri) -> bool {
-        !self.strayed && is_same_origin(&self.from, base)
+        !self.left_origin && is_same_origin(&self.from, base)
     }
 
     pub(super) fn status(&self) -> u16 {
@@ -137,11 +137,11 @@ impl Http {
     /// to another host on, and never from `https` to `http` unless the host is insecure.
     pub(super) fn send_request(&self, original: &HttpRequest<'_>) -> Result<Answer, HttpError> {
         let mut uri = original.uri.clone();
-        let mut strayed = false;
+        let mut left_origin = false;
         for _ in 0..=MAX_REDIRECTS {
             let authorization = original.authorization.as_deref();
-            strayed |= !is_same_origin(&uri, &original.uri);
-            let authorization = authorization.filter(|_| !strayed);
+            left_origin |= !is_same_origin(&uri, &original.uri);
+            let authorization = authorization.filter(|_| !left_origin);
             let request = request(
                 original.method.clone(),
                 &uri,
@@ -154,7 +154,7 @@ impl Http {
                 return Ok(Answer {
                     response,
                     from: uri,
-                    strayed,
+                    left_origin,
                 });
             }
             let location = response.headers().get(header::LOCATION);
@@ -206,7 +206,7 @@ impl Http {
         Ok(Answer {
             response: self.agent(&http_request.uri)?.run(request)?,
             from: http_request.uri.clone(),
-            strayed: false,
+            left_origin: false,
         })
     }
 }

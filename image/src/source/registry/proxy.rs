@@ -150,8 +150,8 @@ impl Exception {
 
 fn is_in(address: IpAddr, network: IpAddr, length: u8) -> bool {
     let same = |one: u128, other: u128, bits: u32| {
-        let kept = u32::from(length).min(bits);
-        kept == 0 || (one ^ other) >> (bits - kept) == 0
+        let fixed_bits = u32::from(length).min(bits);
+        fixed_bits == 0 || (one ^ other) >> (bits - fixed_bits) == 0
     };
     match (address, network) {
         (IpAddr::V4(one), IpAddr::V4(other)) => {

@@ -83,15 +83,15 @@ impl Location {
         };
         let own = under("XDG_CONFIG_HOME", ".config");
         let own = own.map(|own| own.join("containers/storage.conf"));
-        let given = environment("CONTAINERS_STORAGE_CONF").map(PathBuf::from);
+        let configured = environment("CONTAINERS_STORAGE_CONF").map(PathBuf::from);
         let is_root = uid == 0;
         let own = own.filter(|_| !is_root);
-        let mut paths = given.iter().chain(&own).chain(system);
+        let mut paths = configured.iter().chain(&own).chain(system);
         let path = paths.find(|path| path.exists());
         let table = path.map(|path| read(path)).transpose()?.unwrap_or_default();
         // The root in the system's configuration applies only to root.
-        let is_own =
-            path.is_some_and(|path| Some(path) == given.as_ref() || Some(path) == own.as_ref());
+        let is_own = path
+            .is_some_and(|path| Some(path) == configured.as_ref() || Some(path) == own.as_ref());
         let expand = |text: &str| {
             let home = home.as_ref().map(|home| home.display().to_string());
             let text = text.replace("$UID", &uid.to_string());
@@ -189,11 +189,11 @@ mod tests {
         fs::create_dir_all(mine.parent().unwrap()).unwrap();
         fs::write(&mine, "[storage]\ngraphroot = '/mine'\n").unwrap();
         assert_eq!(of(7, &[]), Ok((vec!["/mine".into()], None)));
-        let given = directory.path().join("given");
-        fs::write(&given, "[storage]\ngraphroot = '/given'\n").unwrap();
-        let variables = [("CONTAINERS_STORAGE_CONF", &*given)];
+        let configured = directory.path().join("given");
+        fs::write(&configured, "[storage]\ngraphroot = '/given'\n").unwrap();
+        let variables = [("CONTAINERS_STORAGE_CONF", &*configured)];
         assert_eq!(of(7, &variables), Ok((vec!["/given".into()], None)));
-        fs::write(&given, "[storage").unwrap();
+        fs::write(&configured, "[storage").unwrap();
         assert!(of(7, &variables).unwrap_err().contains("given"));
     }
 }
