@@ -379,20 +379,20 @@ fn usable(path: &Path) -> Result<Kernel, KernelError> {
 /// (also relative to the tree of the kernel's `boot/`).
 fn modules_directory(kernel: &Path) -> Option<PathBuf> {
     let directory = kernel.parent()?;
-    let mut places = vec![directory.join("modules")];
+    let mut directories = vec![directory.join("modules")];
     let version = kernel
         .file_name()
         .and_then(|name| name.to_str())
         .and_then(|name| name.strip_prefix("vmlinuz-"));
     if let Some(version) = version {
         let below = |root: &Path| root.join("lib/modules").join(version);
-        places.extend(directory.parent().map(below));
-        places.push(below(directory));
-        places.push(below(Path::new("/")));
+        directories.extend(directory.parent().map(below));
+        directories.push(below(directory));
+        directories.push(below(Path::new("/")));
     }
-    places
+    directories
         .into_iter()
-        .find(|place| place.join("modules.dep").is_file())
+        .find(|directory| directory.join("modules.dep").is_file())
 }
 
 impl Kernel {

@@ -18,9 +18,9 @@ pub(super) fn describe() -> Result<String, String> {
     // fast on affected hosts as well (1.4 ms instead of 10.7). No event marks the end of
     // that time.
     std::thread::sleep(WHILE);
-    let begun = Instant::now();
+    let started = Instant::now();
     let vm = host.create_vm(&VmParameters { vcpus: 1 });
-    let time = begun.elapsed();
+    let time = started.elapsed();
     vm.map_err(|error| with_causes(&error))?;
     let took = format!("takes {:.1} ms", time.as_secs_f64() * 1e3);
     let advice = (time >= SLOW).then(|| host.creation_advice()).flatten();
