@@ -431,8 +431,8 @@ pub(crate) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
     let len = file.metadata().map_err(Error::io("stat", path))?.len();
     // One more byte than the file's length lets the read detect its end without growing
     // the buffer.
-    let room = usize::try_from(len.min(limit) + 1).unwrap_or(0);
-    let mut bytes = Vec::with_capacity(room);
+    let capacity = usize::try_from(len.min(limit) + 1).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(capacity);
     file.take(limit + 1)
         .read_to_end(&mut bytes)
         .map_err(Error::io("read", path))?;
