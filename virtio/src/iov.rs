@@ -233,8 +233,8 @@ pub fn receive(memory: &GuestMemory, spans: &[Span], fd: BorrowedFd<'_>) -> io::
 pub fn is_at_mark(fd: BorrowedFd<'_>) -> bool {
     let mut at: libc::c_int = 0;
     // SAFETY: the request writes one integer to the given address.
-    let asked = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK, &raw mut at) };
-    asked == 0 && at != 0
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK, &raw mut at) };
+    result == 0 && at != 0
 }
 
 /// Sends guest memory to a socket; at most 128 spans in one call. A closed peer is an error
