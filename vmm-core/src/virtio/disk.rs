@@ -231,8 +231,8 @@ impl Disk {
             let part = window.take(saturated(segment.len - within));
             let mut padding = part;
             let part = part.take(saturated(range.stored_len.saturating_sub(within)));
-            let place = segment.offset + within;
-            if !part.is_empty() && !read(part, segment.file.as_fd(), place)? {
+            let position = segment.offset + within;
+            if !part.is_empty() && !read(part, segment.file.as_fd(), position)? {
                 return Ok(false);
             }
             let len = padding.len();
