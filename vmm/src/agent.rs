@@ -76,7 +76,7 @@ impl AgentLink {
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
         };
-        link.ask(Purpose::Hello, &ControlRequest::Hello(hello));
+        link.send_request(Purpose::Hello, &ControlRequest::Hello(hello));
         Ok(link)
     }
 
@@ -86,7 +86,7 @@ impl AgentLink {
     }
 
     /// Queues a request.
-    pub(crate) fn ask(&mut self, purpose: Purpose, request: &ControlRequest) {
+    pub(crate) fn send_request(&mut self, purpose: Purpose, request: &ControlRequest) {
         self.pending.push_back(purpose);
         self.conn.queue_json(FrameType::Control, request);
     }
@@ -95,7 +95,7 @@ impl AgentLink {
     /// `number` a signal whose client waits for the answer.
     pub(crate) fn signal_main(&mut self, signal: u8, stop: bool, number: Option<u64>) {
         let request = ControlRequest::SignalMain { signal, stop };
-        self.ask(Purpose::Signal { number }, &request);
+        self.send_request(Purpose::Signal { number }, &request);
     }
 
     /// Returns the next reply that has arrived, if it answers a signal, and the number of

@@ -59,7 +59,7 @@ pub(crate) struct CaptureCallbacks {
 /// even if the copy is complete.
 #[derive(Debug)]
 pub(crate) struct Capturing {
-    begun: Instant,
+    started: Instant,
     cancelled: Arc<AtomicBool>,
     /// Receives the duration of the pause.
     pause_duration: Sender<Duration>,
@@ -109,7 +109,7 @@ impl Capturing {
                 );
             })
             .map_err(|error| format!("cannot start a thread: {error}"))?;
-        let begun = Instant::now();
+        let started = Instant::now();
         let state = machine
             .pause()
             .and_then(|()| machine.save_state())
@@ -124,7 +124,7 @@ impl Capturing {
             }
         }
         let capturing = Self {
-            begun,
+            started,
             cancelled,
             pause_duration,
         };
@@ -133,7 +133,7 @@ impl Capturing {
 
     /// Memory was copied, and the machine runs again or stays paused permanently.
     pub(crate) fn end(self) {
-        let _ = self.pause_duration.send(self.begun.elapsed());
+        let _ = self.pause_duration.send(self.started.elapsed());
     }
 
     /// Cancels copying, if it is in progress; the failure is reported soon.

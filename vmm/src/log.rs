@@ -20,9 +20,9 @@ const VARIABLE: &str = "SM_LOG";
 
 /// Sends this process's log to its standard error.
 pub(super) fn to_stderr() {
-    let wanted = std::env::var(VARIABLE).ok();
-    let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
-    let wanted = wanted.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let filter = std::env::var(VARIABLE).ok();
+    let filter = filter.and_then(|filter| filter.parse::<Targets>().ok());
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let limit = LogLimit::default();
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || limit.writer(io::stderr()))
@@ -30,7 +30,7 @@ pub(super) fn to_stderr() {
     // An error means that the program has already set a subscriber.
     let _ = tracing_subscriber::registry()
         .with(lines)
-        .with(wanted)
+        .with(filter)
         .try_init();
 }
 

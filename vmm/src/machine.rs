@@ -402,7 +402,7 @@ impl LaunchParts {
         self.phases.push(Phase::now("memory mapped"));
         let console = self.console()?;
         let devices = std::mem::take(&mut self.devices);
-        let begun = monotonic_ns();
+        let started_ns = monotonic_ns();
         let machine = Machine::restore(
             &self.host,
             state,
@@ -422,7 +422,7 @@ impl LaunchParts {
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;
         let inner = machine.phases();
-        let mut at_ns = begun;
+        let mut at_ns = started_ns;
         for (name, took) in [
             ("hypervisor objects", inner.hypervisor_objects),
             ("memory given to the hypervisor", inner.memory_map),

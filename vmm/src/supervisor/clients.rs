@@ -429,7 +429,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 let text = "the guest does not answer".to_owned();
                 self.answer(id, &ControlAnswer::Error(text));
             }
-            Some(agent) => agent.ask(
+            Some(agent) => agent.send_request(
                 Purpose::Stats { client: id },
                 &sm_guest_proto::control::ControlRequest::Stats,
             ),
@@ -461,14 +461,14 @@ impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn close_clients(&mut self) {
         let ended = self.stage.exit().cloned();
         let awaits_snapshot = self.stage.awaited_by();
-        let stays = self.stage.is_unwritten();
+        let unwritten = self.stage.is_unwritten();
         for (&id, client) in &mut self.clients {
             if let (ClientRole::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
             // Other clients may still ask for the exit status.
-            let calls_on = stays && client.role == ClientRole::Control;
+            let calls_on = unwritten && client.role == ClientRole::Control;
             client.closing = awaits_snapshot != Some(id) && !calls_on;
         }
     }

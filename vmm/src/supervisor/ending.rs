@@ -243,7 +243,7 @@ impl<G: GuestMachine> Supervisor<G> {
         let copying = self.stage.is_copying();
         match &mut self.agent {
             Some(agent) if unexplained => {
-                agent.ask(Purpose::OomCheck, &ControlRequest::Stats);
+                agent.send_request(Purpose::OomCheck, &ControlRequest::Stats);
                 self.provisional = Some(record);
                 let more = if copying {
                     KILL_TIMEOUT

@@ -95,9 +95,9 @@ impl<G: GuestMachine> Supervisor<G> {
         let Some(agent) = &mut self.agent else {
             return;
         };
-        agent.ask(Purpose::Refresh, &ControlRequest::Refresh(refresh));
+        agent.send_request(Purpose::Refresh, &ControlRequest::Refresh(refresh));
         if needs_root {
-            agent.ask(Purpose::AttachRoot, &ControlRequest::AttachRoot(root));
+            agent.send_request(Purpose::AttachRoot, &ControlRequest::AttachRoot(root));
         }
     }
 
@@ -287,9 +287,11 @@ impl<G: GuestMachine> Supervisor<G> {
     /// The guest is frozen for an image snapshot like a workload, although none runs yet:
     /// any process that is started in a clone waits until the clone has its identity.
     fn root_attached(&mut self) {
-        let wanted = self.guest.as_ref().is_some_and(GuestMachine::wants_root);
+        let has_root = self.guest.as_ref().is_some_and(GuestMachine::wants_root);
         match &mut self.agent {
-            Some(agent) if wanted => agent.ask(Purpose::FreezeRoot, &ControlRequest::Freeze),
+            Some(agent) if has_root => {
+                agent.send_request(Purpose::FreezeRoot, &ControlRequest::Freeze)
+            }
             _ => self.request_workload(),
         }
     }
@@ -339,14 +341,14 @@ impl<G: GuestMachine> Supervisor<G> {
             let purpose = Purpose::IdentityReport {
                 requested_ns: unix_nanos(),
             };
-            agent.ask(purpose, &ControlRequest::IdentityReport);
+            agent.send_request(purpose, &ControlRequest::IdentityReport);
         }
     }
 
     /// Thaws the workload of the snapshot and takes over its streams.
     fn continue_workload(&mut self) {
         if let Some(agent) = &mut self.agent {
-            agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
+            agent.send_request(Purpose::Thaw, &ControlRequest::Thaw);
         }
         let Some(main) = &mut self.main else {
             return;

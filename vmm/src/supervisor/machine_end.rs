@@ -89,7 +89,7 @@ impl<G: GuestMachine> Supervisor<G> {
             // still get the last output and the status.
             Some(agent) if by_itself => {
                 let request = ControlRequest::PowerOff { grace_ms: 0 };
-                agent.ask(Purpose::PowerOff, &request);
+                agent.send_request(Purpose::PowerOff, &request);
                 self.machine_ends(MachineEnd::PoweringOff);
                 self.set_timer(SupervisorTimer::PowerOff, self.power_off_timeout);
             }

@@ -60,7 +60,7 @@ impl<G: GuestMachine> Supervisor<G> {
                     Some(agent) => {
                         self.snapshots += 1;
                         let job = self.snapshots;
-                        agent.ask(Purpose::Freeze { job }, &ControlRequest::Freeze);
+                        agent.send_request(Purpose::Freeze { job }, &ControlRequest::Freeze);
                         running.machine = MachineActivity::Preparing(SnapshotJob {
                             id: job,
                             client,
@@ -108,7 +108,7 @@ impl<G: GuestMachine> Supervisor<G> {
         }
         match (reply, &mut self.agent) {
             (ControlReply::Done, Some(agent)) => {
-                agent.ask(Purpose::Prepare { job }, &ControlRequest::PrepareSnapshot);
+                agent.send_request(Purpose::Prepare { job }, &ControlRequest::PrepareSnapshot);
             }
             (reply, _) => {
                 self.thaw();
@@ -435,7 +435,7 @@ impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn thaw(&mut self) {
         self.start_grace();
         if let Some(agent) = &mut self.agent {
-            agent.ask(Purpose::Thaw, &ControlRequest::Thaw);
+            agent.send_request(Purpose::Thaw, &ControlRequest::Thaw);
         }
     }
 }
