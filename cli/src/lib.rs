@@ -111,14 +111,14 @@ fn log_to_stderr(verbose: u8) {
     };
     // The variable applies to the VMM process as well (see `vmm.log` in the VM's
     // directory).
-    let wanted = std::env::var("SM_LOG").ok();
-    let wanted = wanted.and_then(|wanted| wanted.parse::<Targets>().ok());
+    let filter = std::env::var("SM_LOG").ok();
+    let filter = filter.and_then(|filter| filter.parse::<Targets>().ok());
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(shown::LogLines::default)
         .without_time();
     tracing_subscriber::registry()
         .with(lines)
-        .with(wanted.unwrap_or_else(|| Targets::new().with_default(default)))
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(default)))
         .init();
 }
 
