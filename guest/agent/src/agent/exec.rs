@@ -7,7 +7,7 @@ use sm_guest_proto::exec::{ExecRequest, Role};
 
 use super::Agent;
 use super::requests::POWERING_OFF;
-use crate::exec::session::Ask;
+use crate::exec::session::SessionAction;
 use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
 use crate::reactor::{Readiness, Token};
@@ -17,30 +17,32 @@ impl Agent {
         let Some(session) = self.sessions.get_mut(token.key) else {
             return;
         };
-        let ask = session.ready(
+        let action = session.ready(
             &self.reactor,
             token.key,
             token.part,
             ready,
             &mut self.scratch,
         );
-        self.serve(token.key, ask);
+        self.serve(token.key, action);
         self.settle_session(token.key);
     }
 
-    pub(super) fn serve(&mut self, key: Key, mut ask: Ask) {
+    pub(super) fn serve(&mut self, key: Key, mut action: SessionAction) {
         loop {
-            match ask {
-                Ask::Nothing | Ask::Finished => return,
-                Ask::Launch(request) => self.launch(key, *request),
-                Ask::AttachMain => return self.attach_main(key),
-                Ask::Signal { pid, signal } => return self.signal_command(key, pid, signal),
+            match action {
+                SessionAction::Nothing | SessionAction::Finished => return,
+                SessionAction::Launch(request) => self.launch(key, *request),
+                SessionAction::AttachMain => return self.attach_main(key),
+                SessionAction::Signal { pid, signal } => {
+                    return self.signal_command(key, pid, signal);
+                }
             }
             // Process frames that arrived together with the request.
             let Some(session) = self.sessions.get_mut(key) else {
                 return;
             };
-            ask = session.take_frames();
+            action = session.take_frames();
         }
     }
 
@@ -62,7 +64,7 @@ impl Agent {
         let Some(session) = self.sessions.get_mut(key) else {
             return;
         };
-        if let Ask::Finished = session.settle(&self.reactor, key, &mut self.scratch) {
+        if let SessionAction::Finished = session.settle(&self.reactor, key, &mut self.scratch) {
             self.sessions.remove(key);
             self.resume_accepting();
             if self.workload.main() == Some(key) {

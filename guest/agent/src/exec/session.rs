@@ -54,7 +54,7 @@ const TIMED_OUT: u32 = 124;
 
 /// Action that a session requests of the agent.
 #[derive(Debug)]
-pub(crate) enum Ask {
+pub(crate) enum SessionAction {
     /// No action.
     Nothing,
     /// Start this command.
@@ -252,49 +252,49 @@ impl Session {
         self.outputs = [None, None];
     }
 
-    fn read_client(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+    fn read_client(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> SessionAction {
         let Some(client) = &mut self.client else {
-            return Ask::Nothing;
+            return SessionAction::Nothing;
         };
         match client.fill(scratch) {
-            Filled::Nothing => return Ask::Nothing,
+            Filled::Nothing => return SessionAction::Nothing,
             Filled::Some => {}
             Filled::Closed => {
                 self.drop_client(reactor, key);
-                return Ask::Nothing;
+                return SessionAction::Nothing;
             }
         }
         self.take_frames()
     }
 
     /// Processes frames that have been received.
-    pub(crate) fn take_frames(&mut self) -> Ask {
+    pub(crate) fn take_frames(&mut self) -> SessionAction {
         // The decoder is moved out, so that its frames can be borrowed while the rest of
         // the session is changed.
         let Some(client) = &mut self.client else {
-            return Ask::Nothing;
+            return SessionAction::Nothing;
         };
         let mut decoder = std::mem::take(&mut client.decoder);
-        let ask = loop {
+        let action = loop {
             if self.phase == SessionPhase::Closing {
-                break Ask::Nothing;
+                break SessionAction::Nothing;
             }
             match decoder.next_frame() {
-                Ok(None) => break Ask::Nothing,
+                Ok(None) => break SessionAction::Nothing,
                 Err(error) => {
                     self.protocol_error(&error.to_string());
-                    break Ask::Nothing;
+                    break SessionAction::Nothing;
                 }
                 Ok(Some(frame)) => match self.take_frame(frame.kind, frame.payload) {
-                    Ask::Nothing => {}
-                    ask => break ask,
+                    SessionAction::Nothing => {}
+                    action => break action,
                 },
             }
         };
         if let Some(client) = &mut self.client {
             client.decoder = decoder;
         }
-        ask
+        action
     }
 
     fn protocol_error(&mut self, message: &str) {
@@ -310,19 +310,21 @@ impl Session {
         }
     }
 
-    fn take_frame(&mut self, kind: FrameType, payload: &[u8]) -> Ask {
+    fn take_frame(&mut self, kind: FrameType, payload: &[u8]) -> SessionAction {
         match (self.phase, kind) {
             (SessionPhase::Hello, FrameType::Control) => self.take_hello(payload),
             (SessionPhase::Hello, _) => {
                 self.refuse(125, "exec: the first frame must be CONTROL hello")
             }
             (SessionPhase::Request, FrameType::Request) => match serde_json::from_slice(payload) {
-                Ok(request) => return Ask::Launch(Box::new(request)),
+                Ok(request) => return SessionAction::Launch(Box::new(request)),
                 Err(error) => self.refuse(125, &format!("exec: malformed request: {error}")),
             },
             (SessionPhase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
-                Ok(ExecControl::AttachMain) => return Ask::AttachMain,
-                Ok(ExecControl::Signal { pid, signal }) => return Ask::Signal { pid, signal },
+                Ok(ExecControl::AttachMain) => return SessionAction::AttachMain,
+                Ok(ExecControl::Signal { pid, signal }) => {
+                    return SessionAction::Signal { pid, signal };
+                }
                 _ => self.refuse(125, "exec: unknown control message"),
             },
             (SessionPhase::Request, _) => self.refuse(125, "exec: expected a request"),
@@ -343,7 +345,7 @@ impl Session {
             // Frames of later versions are ignored.
             _ => {}
         }
-        Ask::Nothing
+        SessionAction::Nothing
     }
 
     /// Signals the command, unless it has exited.
@@ -500,7 +502,7 @@ impl Session {
         which: u8,
         ready: Readiness,
         scratch: &mut [u8],
-    ) -> Ask {
+    ) -> SessionAction {
         match which {
             part::CLIENT => {
                 if ready.writable
@@ -518,11 +520,16 @@ impl Session {
             part::STDERR => drop(self.forward(1, scratch)),
             _ => {}
         }
-        Ask::Nothing
+        SessionAction::Nothing
     }
 
     /// Advances everything that needs no new events, and updates the watched events.
-    pub(crate) fn settle(&mut self, reactor: &Reactor, key: Key, scratch: &mut [u8]) -> Ask {
+    pub(crate) fn settle(
+        &mut self,
+        reactor: &Reactor,
+        key: Key,
+        scratch: &mut [u8],
+    ) -> SessionAction {
         if self.client.as_ref().is_some_and(Framed::is_broken) {
             self.drop_client(reactor, key);
         }
@@ -535,17 +542,17 @@ impl Session {
             }
         }
         if self.is_finished() {
-            return Ask::Finished;
+            return SessionAction::Finished;
         }
         if self.watch(reactor, key).is_err() {
             // Out of memory or epoll watches: this command cannot be served, and without
             // a process nothing settles its session again.
             self.drop_client(reactor, key);
             if self.is_finished() {
-                return Ask::Finished;
+                return SessionAction::Finished;
             }
         }
-        Ask::Nothing
+        SessionAction::Nothing
     }
 
     fn is_finished(&self) -> bool {

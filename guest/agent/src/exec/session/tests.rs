@@ -34,7 +34,7 @@ fn starting(reactor: &Reactor, sessions: &mut Slab<Session>) -> (Key, UnixStream
     session.set_timeout(reactor, key, 86_400_000);
     assert!(matches!(
         session.settle(reactor, key, &mut []),
-        Ask::Nothing
+        SessionAction::Nothing
     ));
     (key, client, child_status.into())
 }
@@ -90,7 +90,7 @@ fn a_status_pipe_that_is_held_open_does_not_hold_the_exit() {
     let mut scratch = vec![0; 100_000];
     assert!(matches!(
         session.settle(&reactor, key, &mut scratch),
-        Ask::Finished
+        SessionAction::Finished
     ));
     let frames = frames(client);
     let kinds: Vec<_> = frames.iter().map(|(kind, _)| *kind).collect();
@@ -106,7 +106,7 @@ fn a_client_that_cannot_be_watched_leaves_no_session() {
     refusal::begin(1);
     // Nothing would ever settle it again.
     let ask = session.settle(&reactor, Key::new(0, 0), &mut []);
-    assert!(matches!(ask, Ask::Finished), "{ask:?}");
+    assert!(matches!(ask, SessionAction::Finished), "{ask:?}");
 }
 
 #[test]
