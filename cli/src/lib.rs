@@ -21,7 +21,7 @@ mod units;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory as _, Parser as _};
 use sm_runtime::timings::Phase;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -70,7 +70,9 @@ fn run(
 ) -> Result<u32, (Failure, u32)> {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(mut error) => {
+            // An unknown option is a mistake, not a value: no hint at `-- --OPTION`.
+            error.remove(ContextKind::Suggested);
             // Requested help and version go to standard output.
             let status = usage_status(&error);
             let printed = error.print();

@@ -76,3 +76,16 @@ fn statuses_are_dockers() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// No hint that an option which does not exist could be passed as a value.
+#[test]
+fn an_unknown_option_is_named_and_the_help_is_pointed_at() {
+    let done = User::new().sm(&["run", "--restrat", "always", "busybox"]);
+    assert_eq!(done.status.code(), Some(125));
+    let said = text(&done.stderr);
+    assert!(
+        said.contains("'--restrat'") && said.contains("--help"),
+        "{said}"
+    );
+    assert!(!said.contains("-- --restrat"), "{said}");
+}

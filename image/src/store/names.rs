@@ -90,11 +90,9 @@ impl Store {
         let mut matching = all
             .into_iter()
             .filter(|image| image.digest.hex().starts_with(digits));
-        let first = matching.next().ok_or_else(|| {
-            let text = "the store has no image of this name; give its source, \
-                        such as oci:DIR[:TAG]";
-            Error::unknown(query, text)
-        })?;
+        let first = matching
+            .next()
+            .ok_or_else(|| Error::unknown(query, "the store has no image of this name or ID"))?;
         match matching.all(|other| other.digest == first.digest) {
             true => Ok((first, false)),
             false => Err(Error::Ambiguous(query.to_owned())),

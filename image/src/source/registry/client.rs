@@ -12,7 +12,7 @@ use ureq::{Body, SendBody};
 use super::super::repository::Repository;
 use super::auth::Authorizer;
 use super::backoff::{Backoff, NoRetry};
-use super::failure::{Failure, requested_pause};
+use super::failure::{Failure, is_no_tls, requested_pause};
 use super::http::{Answer, Http, HttpError, HttpRequest};
 use super::url::is_same_origin;
 use crate::Error;
@@ -307,13 +307,6 @@ impl Connection {
             _ => false,
         }
     }
-}
-
-/// Returns true if a TLS handshake failed because the peer sent something other than TLS.
-fn is_no_tls(error: &io::Error) -> bool {
-    let inner = error.get_ref();
-    let inner = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    matches!(inner, Some(rustls::Error::InvalidMessage(_)))
 }
 
 /// Returns the registry's description of an error (distribution-spec, "Error Codes"),
