@@ -165,7 +165,7 @@ fn the_registrys_error_message_is_reported() {
 
 /// Starts a server that speaks TLS and answers one request, and creates a client that
 /// trusts it.
-fn with_tls(answer: &'static str) -> (String, Http) {
+pub(super) fn with_tls(answer: &'static str) -> (String, Http) {
     use std::io::{Read as _, Write as _};
 
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
@@ -198,7 +198,7 @@ fn with_tls(answer: &'static str) -> (String, Http) {
     (address, http)
 }
 
-fn ask(address: &str) -> HttpRequest<'static> {
+pub(super) fn ask(address: &str) -> HttpRequest<'static> {
     HttpRequest {
         method: ureq::http::Method::GET,
         uri: format!("https://{address}/").parse().unwrap(),

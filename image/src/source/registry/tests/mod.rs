@@ -7,6 +7,7 @@ mod kinds;
 mod mirrors;
 mod origins;
 mod push;
+mod refresh;
 mod server;
 
 use self::server::{ok, registry, status};

@@ -12,7 +12,7 @@ use crate::DockerReference;
 use crate::digest::Digest;
 
 /// Starts a registry that requires a token and redirects requests for blobs to `other`.
-fn redirecting(other: &Fixture) -> Fixture {
+pub(super) fn redirecting(other: &Fixture) -> Fixture {
     let other = other.address.replace("127.0.0.1", "localhost");
     registry(move |request, content| {
         if request.path.starts_with("/token") {
@@ -154,7 +154,7 @@ fn tokens_come_from_the_server_that_the_registry_names() {
 }
 
 /// Starts a registry whose uploads continue at `other`.
-fn uploads_continue_at(other: &Fixture) -> Fixture {
+pub(super) fn uploads_continue_at(other: &Fixture) -> Fixture {
     let location = other.address.replace("127.0.0.1", "localhost");
     registry(move |request, content| {
         if request.path.starts_with("/token") {
@@ -176,7 +176,7 @@ fn uploads_continue_at(other: &Fixture) -> Fixture {
 }
 
 /// Pushes a blob, which fails with the returned error.
-fn push(own: &Fixture) -> String {
+pub(super) fn push(own: &Fixture) -> String {
     let heard = Heard::default();
     let error = heard.with(|session| {
         let name = format!("{}/team/app:v1", own.address);

@@ -161,11 +161,17 @@ fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, c
             headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
         }
     }
-    let length = headers.get("content-length");
-    let length: u64 = length.map_or(0, |length| length.parse().unwrap());
-    let mut body = Vec::new();
     // Some tests close the connection early.
-    let _ = reader.take(length).read_to_end(&mut body);
+    let body = match headers.get("transfer-encoding") {
+        Some(coding) if coding == "chunked" => chunked(&mut reader),
+        _ => {
+            let length = headers.get("content-length");
+            let length: u64 = length.map_or(0, |length| length.parse().unwrap());
+            let mut body = Vec::new();
+            let _ = reader.take(length).read_to_end(&mut body);
+            body
+        }
+    };
     let request = Request {
         method,
         path,
@@ -204,6 +210,25 @@ fn serve(stream: &TcpStream, log: &Mutex<Vec<Request>>, behaviour: &Behaviour, c
     let _ = stream.write_all(format!("{head}\r\n").as_bytes());
     if request.method != "HEAD" {
         let _ = stream.write_all(&body[..sent]);
+    }
+}
+
+/// Reads a body in chunks (RFC 9112 section 7.1), up to the end of the connection at most.
+fn chunked(reader: &mut impl std::io::BufRead) -> Vec<u8> {
+    let mut body = Vec::new();
+    let mut line = String::new();
+    loop {
+        line.clear();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return body;
+        }
+        let size = u64::from_str_radix(line.trim(), 16).unwrap();
+        let _ = reader.by_ref().take(size).read_to_end(&mut body);
+        // The line end after each chunk, and after the empty last one.
+        let _ = reader.read_line(&mut line);
+        if size == 0 {
+            return body;
+        }
     }
 }
 
