@@ -247,6 +247,49 @@ fn an_archive_that_cannot_be_loaded_does_not_cancel_the_caller() {
 }
 
 #[test]
+#[cfg(feature = "archive")]
+fn a_save_that_fails_does_not_cancel_its_caller() {
+    let home = Home::new();
+    let (reference, _) = home.image("layout", &layers());
+    let options = PullOptions::default();
+    let save = |out: &mut dyn std::io::Write| {
+        let saved = home
+            .store
+            .save(std::slice::from_ref(&reference), out, &options);
+        assert!(!matches!(saved, Err(Error::Cancelled)), "{saved:?}");
+        assert!(!options.cancel.is_cancelled());
+        saved
+    };
+    let mut whole = Vec::new();
+    save(&mut whole).unwrap();
+    // The archive's disk is full.
+    for room in [0, 1000, whole.len() / 2, whole.len() - 1] {
+        let mut disk = vec![0; room];
+        let failed = save(&mut disk.as_mut_slice());
+        assert!(matches!(failed, Err(Error::Archive(_))), "{failed:?}");
+    }
+    // Layers that are not stored are damaged at their source.
+    home.prune(PruneOptions::new().compressed(true));
+    let mut good = Vec::new();
+    for blob in fs::read_dir(home.path("layout/blobs/sha256")).unwrap() {
+        let path = blob.unwrap().path();
+        let bytes = fs::read(&path).unwrap();
+        if !bytes.starts_with(b"{") {
+            fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+            good.push((path, bytes));
+        }
+    }
+    assert_eq!(good.len(), 2);
+    assert!(save(&mut Vec::new()).is_err());
+    for (path, bytes) in good {
+        fs::write(path, bytes).unwrap();
+    }
+    let mut again = Vec::new();
+    save(&mut again).unwrap();
+    assert!(again == whole);
+}
+
+#[test]
 fn a_name_precedes_an_id_and_short_prefixes_are_refused() {
     let home = Home::new();
     let (first, digest) = home.image("first", &layers());
