@@ -13,7 +13,9 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sm_image::{Error, ErrorKind, PruneOptions, PullOptions, Reference, Store, Users};
+use sm_image::{
+    Config, Digest, Error, ErrorKind, PruneOptions, PullOptions, Reference, Store, Users,
+};
 
 use support::{dir, file, image, tar};
 
@@ -189,6 +191,73 @@ fn wherever_it_gets_full(disk: &Path, ballast: impl Fn(u64) -> Ballast) {
     drop(full);
     for part in ["layers", "disks", "blobs", "refs", "tmp", "locks"] {
         assert_eq!(fs::read_dir(root.join(part)).unwrap().count(), 0, "{part}");
+    }
+}
+
+/// The size of a stream is unknown until its end: only then it can be compared with the
+/// free space.
+#[test]
+fn a_stream_that_fills_the_disk_leaves_nothing() {
+    let Some(disk) = small_disk("a_stream_that_fills_the_disk_leaves_nothing", "size=4m") else {
+        return;
+    };
+    // Hashes do not compress.
+    let noise: Vec<u8> = (0..6000_u32)
+        .flat_map(|n| *Digest::of(&n.to_le_bytes()).bytes())
+        .collect();
+    let stream = tar(&[dir("d"), file("d/large", noise), file("small", b"s")]);
+    let root = disk.join("store");
+    let store = Store::open(&root).unwrap();
+    let options = PullOptions::default();
+    let import = || {
+        let imported = store.import(&stream[..], None, Config::default(), "", &options);
+        imported.map(|image| image.digest.to_string())
+    };
+    let mut archive = Vec::new();
+    let name = import().unwrap();
+    store.save(&[name], &mut archive, &options).unwrap();
+    store.prune(ALL, &nobody).unwrap();
+    let load = || {
+        let loaded = store.load(&archive[..], "an archive", &options);
+        loaded.map(|images| images[0].digest.to_string())
+    };
+    for (number, bring) in [&import as &dyn Fn() -> Result<String, Error>, &load]
+        .into_iter()
+        .enumerate()
+    {
+        let mut failed = 0;
+        for pages in (0..).step_by(5) {
+            let full = Ballast::but_pages(&disk, pages);
+            let brought = bring();
+            drop(full);
+            for part in ["tmp", "refs", "disks"] {
+                let count = fs::read_dir(root.join(part)).unwrap().count();
+                let expected = usize::from(brought.is_ok() && part != "tmp");
+                assert_eq!(count, expected, "{number}: {part} with {pages}");
+            }
+            let Err(error) = brought else {
+                break;
+            };
+            failed += 1;
+            assert_eq!(error.kind(), ErrorKind::NoSpace, "{number}: {error:?}");
+            let text = with_causes(&error);
+            assert!(
+                text.contains("No space left") || text.contains("has room for"),
+                "{number}: {text}"
+            );
+            if failed % 8 == 0 {
+                // There is room, and the stream arrives again.
+                let name = bring().unwrap();
+                let verified = store.verify(&name, None).unwrap();
+                assert!(verified.problems.is_empty(), "{number}: {verified:?}");
+                store.remove(&name, &nobody).unwrap();
+            }
+        }
+        assert!(failed > 10, "{number}: {failed}");
+        store.prune(ALL, &nobody).unwrap();
+        for part in ["layers", "disks", "blobs", "refs", "tmp", "locks"] {
+            assert_eq!(fs::read_dir(root.join(part)).unwrap().count(), 0, "{part}");
+        }
     }
 }
 
