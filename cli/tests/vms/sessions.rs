@@ -1,11 +1,14 @@
 //! Sessions whose command does not read its input.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::{Value, json};
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
@@ -157,4 +160,69 @@ fn it_ends_although_the_agent_knows_no_signal_beside() {
     assert_eq!(stuck.signals.recv().unwrap(), 13);
     // Nobody reads what is in its way.
     assert_eq!(stuck.sm.wait().unwrap().code(), Some(137));
+}
+
+/// Returns true if a thread of the process sleeps in write(2) or sendto(2) of x86-64.
+fn is_blocked(pid: u32, thread: &str) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    tasks.map(|task| task.path()).any(|task| {
+        let read = |file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
+        let call = read("syscall");
+        read("comm").trim_end() == thread
+            && (call.starts_with("1 ") || call.starts_with("44 "))
+            && read("status").contains("State:\tS")
+    })
+}
+
+/// The terminal's size waits behind sizes that the command has not read. The thread that
+/// sends it holds the lock of the session, and nothing else does.
+#[test]
+fn detach_keys_end_it_while_a_size_waits() {
+    let user = User::new();
+    let vm = user.vm(1, "vm");
+    vm.answers();
+    let exec = vm.listens("exec.sock");
+    let mut master = File::from(openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap());
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&master, size).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let slave = || {
+        let path = name.to_str().unwrap();
+        let slave = File::options().read(true).write(true).open(path);
+        Stdio::from(slave.unwrap())
+    };
+    let mut sm = user
+        .foreground(&["exec", "-it", "vm", "x"])
+        .stdin(slave())
+        .stdout(slave())
+        .spawn()
+        .unwrap();
+    let (mut session, _) = exec.accept().unwrap();
+    receive(&mut session).unwrap();
+    assert_eq!(receive(&mut session).unwrap().0, FrameType::Request);
+    send_json(&mut session, &json!({"started": {"pid": PID}}));
+    send(&mut session, FrameType::Stdout, b"!");
+    // The terminal is raw, and its size is watched, before output is shown.
+    let mut shown = [0];
+    master.read_exact(&mut shown).unwrap();
+    assert_eq!(shown, *b"!");
+    let pid = Pid::from_raw(i32::try_from(sm.id()).unwrap()).unwrap();
+    while !is_blocked(sm.id(), "sizes") {
+        kill_process(pid, Signal::WINCH).unwrap();
+        std::thread::yield_now();
+    }
+    assert!(!is_blocked(sm.id(), "stdin"));
+    master.write_all(b"\x10\x11").unwrap();
+    assert_eq!(sm.wait().unwrap().code(), Some(0));
+    // All that has arrived are sizes, none of them in part.
+    while let Some((kind, payload)) = receive(&mut session) {
+        assert_eq!((kind, payload.len()), (FrameType::Resize, 4));
+    }
 }
