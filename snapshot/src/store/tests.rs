@@ -366,3 +366,126 @@ fn a_file_is_distinguished_from_its_replacement() {
     publish(&store, "name", None);
     assert!(!is_still_at(&first, &path).unwrap());
 }
+
+/// What keeps a process from reading a manifest, whatever its rights.
+#[test]
+fn nothing_is_removed_while_a_manifest_cannot_be_examined() {
+    let (_dir, store) = store();
+    publish(&store, "base", None);
+    publish(&store, "other", None);
+    let path = store.root.join("other/manifest.json");
+    for with in ["loop", "directory"] {
+        fs::remove_file(&path).unwrap();
+        match with {
+            "loop" => std::os::unix::fs::symlink("manifest.json", &path).unwrap(),
+            _ => fs::create_dir(&path).unwrap(),
+        }
+        let is_base = |name: &str| name == "base";
+        assert!(store.children("base").is_err(), "{with}");
+        assert!(store.remove("base").is_err(), "{with}");
+        assert!(store.trim(0, is_base).is_err(), "{with}");
+        assert!(store.remove_unused(is_base, |_| true).is_err(), "{with}");
+        let listed = store.list().unwrap();
+        assert_eq!(listed.len(), 2, "{with}");
+        assert!(listed[1].manifest.is_err(), "{with}");
+        match with {
+            "loop" => fs::remove_file(&path).unwrap(),
+            _ => fs::remove_dir(&path).unwrap(),
+        }
+        fs::write(&path, b"no manifest").unwrap();
+    }
+    store.remove("base").unwrap();
+}
+
+/// They are not listed, and nothing that removes snapshots removes them.
+#[test]
+fn entries_that_are_no_snapshots_stay() {
+    use std::os::unix::ffi::OsStrExt as _;
+
+    let (_dir, store) = store();
+    publish(&store, "one", None);
+    let odd = store.root.join(std::ffi::OsStr::from_bytes(b"one\xff"));
+    let blank = store.root.join("a b");
+    for directory in [&odd, &blank] {
+        fs::create_dir(directory).unwrap();
+        fs::copy(
+            store.root.join("one/manifest.json"),
+            directory.join("manifest.json"),
+        )
+        .unwrap();
+    }
+    let file = store.root.join("file");
+    fs::write(&file, b"x").unwrap();
+    assert_eq!(store.names().unwrap(), ["one"]);
+    assert_eq!(store.remove_unused(|_| true, |_| true).unwrap(), 1);
+    assert_eq!(store.trim(0, |_| true).unwrap(), 0);
+    SnapshotStore::open(&store.root).unwrap();
+    assert!(odd.is_dir() && blank.is_dir() && file.is_file());
+}
+
+#[test]
+fn a_store_that_cannot_be_listed_is_not_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("snapshots");
+    let store = SnapshotStore::read_only(&root);
+    assert!(store.list().unwrap().is_empty(), "there is none");
+    for with in ["loop", "file"] {
+        match with {
+            "loop" => std::os::unix::fs::symlink(&root, &root).unwrap(),
+            _ => fs::write(&root, b"x").unwrap(),
+        }
+        assert!(store.list().is_err(), "{with}");
+        assert!(store.children("x").is_err(), "{with}");
+        assert!(store.trim(0, |_| true).is_err(), "{with}");
+        assert!(store.remove_unused(|_| true, |_| true).is_err(), "{with}");
+        fs::remove_file(&root).unwrap();
+    }
+}
+
+/// Returns the number of calls of read(2) and its relatives by this thread
+/// (proc_pid_io(5)); those that read this number are among them.
+fn reads() -> u64 {
+    let io = fs::read_to_string("/proc/thread-self/io").unwrap();
+    let count = io.lines().find_map(|line| line.strip_prefix("syscr: "));
+    count.unwrap().parse().unwrap()
+}
+
+/// Returns the number of reads that `work` makes on a store of a parent and its children.
+fn reads_of(children: usize, work: impl Fn(&SnapshotStore)) -> u64 {
+    let (_dir, store) = store();
+    let base = publish(&store, "base", None);
+    for number in 0..children {
+        let parent = ParentRef {
+            name: "base".into(),
+            digest: base.digest.clone(),
+        };
+        publish(&store, &format!("auto-{number}"), Some(parent));
+    }
+    let before = reads();
+    work(&store);
+    reads() - before
+}
+
+#[test]
+fn the_work_of_a_removal_is_proportional_to_the_number_of_snapshots() {
+    let left = |store: &SnapshotStore| store.names().unwrap().len();
+    let trim = |store: &SnapshotStore| {
+        let removed = store.trim(0, |name| name != "base");
+        assert_eq!((removed.unwrap() > 9, left(store)), (true, 1));
+    };
+    let unused = |store: &SnapshotStore| {
+        let removed = store.remove_unused(|name| name != "base", |_| true);
+        assert_eq!((removed.unwrap() > 9, left(store)), (true, 1));
+    };
+    let children = |store: &SnapshotStore| {
+        assert_eq!(store.children("base").unwrap().len() + 1, left(store));
+    };
+    let list = |store: &SnapshotStore| {
+        assert_eq!(store.list().unwrap().len(), left(store));
+    };
+    let works: [&dyn Fn(&SnapshotStore); 4] = [&trim, &unused, &children, &list];
+    for (number, work) in works.into_iter().enumerate() {
+        let (few, many) = (reads_of(10, work), reads_of(20, work));
+        assert!(few > 10 && 2 * many < 5 * few, "{number}: {few}, {many}");
+    }
+}
