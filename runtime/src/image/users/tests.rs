@@ -179,3 +179,64 @@ fn a_path_that_cannot_be_examined_may_exist() {
     std::os::unix::fs::symlink("loop", &looping).unwrap();
     assert!(!is_gone(&looping.join("x")));
 }
+
+/// Neither can be read by any process, whatever its rights.
+#[test]
+fn nothing_is_removed_while_the_snapshots_cannot_be_examined() {
+    let f = Fixture::new();
+    let (reference, digest) = f.image("image");
+    f.workload("one", &digest);
+    let snapshots = f.home.snapshots();
+    let aside = f.dir.path().join("aside");
+    for path in [
+        snapshots.clone(),
+        snapshots.join("one/manifest.json"),
+        snapshots.join("one/state.bin"),
+        snapshots.join("one/memory.bin"),
+    ] {
+        fs::rename(&path, &aside).unwrap();
+        for with in ["loop", "file"] {
+            match with {
+                "loop" => std::os::unix::fs::symlink(&path, &path).unwrap(),
+                _ => fs::write(&path, b"x").unwrap(),
+            }
+            let removed = f.images.remove(&reference);
+            assert!(removed.is_err(), "{path:?}: {with}");
+            assert!(f.images.prune(ALL).is_err(), "{path:?}: {with}");
+            assert!(f.images.keep_within(0).is_err(), "{path:?}: {with}");
+            assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
+            fs::remove_file(&path).unwrap();
+        }
+        fs::rename(&aside, &path).unwrap();
+    }
+    assert!(f.images.prune(ALL).unwrap().images.is_empty());
+    let store = SnapshotStore::open(&snapshots).unwrap();
+    store.remove("one").unwrap();
+    assert_eq!(f.images.prune(ALL).unwrap().images, [reference]);
+}
+
+/// Returns the number of calls of read(2) and its relatives by this thread
+/// (proc_pid_io(5)); those that read this number are among them.
+fn reads() -> u64 {
+    let io = fs::read_to_string("/proc/thread-self/io").unwrap();
+    let count = io.lines().find_map(|line| line.strip_prefix("syscr: "));
+    count.unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_work_of_finding_users_is_proportional_to_the_number_of_snapshots() {
+    let work = |snapshots: usize| {
+        let f = Fixture::new();
+        let digest = Digest::of(b"image");
+        for number in 0..snapshots {
+            f.workload(&format!("s{number}"), &digest.to_string());
+        }
+        let before = reads();
+        let users = image_users(&f.home).ok().unwrap();
+        let made = reads() - before;
+        assert_eq!(users[&digest].len(), snapshots);
+        made
+    };
+    let (few, many) = (work(8), work(16));
+    assert!(few > 8 && 2 * many < 5 * few, "{few}, {many}");
+}
