@@ -310,7 +310,11 @@ impl SnapshotStore {
     fn names(&self) -> Result<Vec<String>, Error> {
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            // A link to a directory that does not exist, as on a disk that is not mounted, is
+            // no empty store: images in use would be removed.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !self.root.is_symlink() => {
+                return Ok(Vec::new());
+            }
             Err(e) => return Err(Error::io("list", &self.root)(e)),
         };
         let mut names = Vec::new();

@@ -489,3 +489,16 @@ fn the_work_of_a_removal_is_proportional_to_the_number_of_snapshots() {
         assert!(few > 10 && 2 * many < 5 * few, "{number}: {few}, {many}");
     }
 }
+
+/// The directory that a link names may be on a disk that is not mounted now.
+#[test]
+fn a_link_to_nothing_is_not_an_empty_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("snapshots");
+    let store = SnapshotStore::read_only(&root);
+    std::os::unix::fs::symlink("elsewhere", &root).unwrap();
+    assert!(store.list().is_err());
+    assert!(store.children("x").is_err());
+    fs::create_dir(dir.path().join("elsewhere")).unwrap();
+    assert!(store.list().unwrap().is_empty());
+}
