@@ -203,7 +203,7 @@ fn nothing_is_removed_while_the_snapshots_cannot_be_examined() {
             let removed = f.images.remove(&reference);
             assert!(removed.is_err(), "{path:?}: {with}");
             assert!(f.images.prune(ALL).is_err(), "{path:?}: {with}");
-            assert!(f.images.keep_within(0).is_err(), "{path:?}: {with}");
+            assert!(f.images.prune_to(0).is_err(), "{path:?}: {with}");
             assert_eq!((f.count("disks"), f.count("layers")), (1, 1));
             fs::remove_file(&path).unwrap();
         }
