@@ -10,7 +10,7 @@ use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 use sm_virtio::queue::Span;
 use sm_vmm_core::virtio::disk::Disk;
-use sm_vmm_core::virtio::layered::{CLUSTER, Layer, LayeredDisk};
+use sm_vmm_core::virtio::layered::{CLUSTER, DiskLayer, LayeredDisk};
 use vm_memory::GuestAddress;
 
 const CAPACITY: u64 = 256 << 20;
@@ -41,7 +41,7 @@ fn layered(memory: &GuestMemory, layers: u8) -> Disk {
     let layer = |number: u8| {
         let below = (number > 1).then(|| [number - 1; 16]);
         let file = tempfile::tempfile().unwrap();
-        Layer::create(file, [number; 16], below, CAPACITY).unwrap()
+        DiskLayer::create(file, [number; 16], below, CAPACITY).unwrap()
     };
     let one = span(4096);
     let fill = |disk: &LayeredDisk, number: u8| {

@@ -13,7 +13,7 @@ use sm_virtio::queue::Span;
 use sm_virtio::testing::{Driver, DriverQueue};
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, FileSegment};
-use sm_vmm_core::virtio::layered::{Layer, LayeredDisk};
+use sm_vmm_core::virtio::layered::{DiskLayer, LayeredDisk};
 use vm_memory::{Bytes as _, GuestAddress};
 
 const MEMORY: usize = 16 << 20;
@@ -91,7 +91,7 @@ fn layered(contents: &[u8]) -> Disk {
     let capacity = u64::try_from(contents.len()).unwrap();
     let layer = |id, below| {
         let file = tempfile::tempfile().unwrap();
-        Layer::create(file, [id; 16], below, capacity).unwrap()
+        DiskLayer::create(file, [id; 16], below, capacity).unwrap()
     };
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), contents.len())]).unwrap();
     memory.write_slice(contents, GuestAddress(0)).unwrap();

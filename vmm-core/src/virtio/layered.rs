@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 
-pub use layer::{CLUSTER, Layer, LayerError, LayerId, MAX_CAPACITY};
+pub use layer::{CLUSTER, DiskLayer, LayerError, LayerId, MAX_CAPACITY};
 
 /// Largest number of layers of one disk: each costs every read a look into its index.
 pub const MAX_LAYERS: usize = 64;
@@ -46,16 +46,16 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// A disk of layers.
 ///
 /// ```
-/// use sm_vmm_core::virtio::layered::{Layer, LayeredDisk};
+/// use sm_vmm_core::virtio::layered::{DiskLayer, LayeredDisk};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let file = || tempfile::tempfile();
-/// let base = Layer::create(file()?, [1; 16], None, 64 << 30)?;
+/// let base = DiskLayer::create(file()?, [1; 16], None, 64 << 30)?;
 /// let disk = LayeredDisk::new(vec![base])?;
 /// assert_eq!(disk.capacity(), 64 << 30);
 ///
 /// // What was written so far belongs to a layer that does not change any more.
-/// let top = Layer::create(file()?, [2; 16], Some([1; 16]), 64 << 30)?;
+/// let top = DiskLayer::create(file()?, [2; 16], Some([1; 16]), 64 << 30)?;
 /// let disk = disk.freeze(top)?;
 /// assert_eq!(disk.layers(), 2);
 /// # Ok(())
@@ -63,9 +63,9 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// ```
 #[derive(Debug)]
 pub struct LayeredDisk {
-    top: Arc<Layer>,
+    top: Arc<DiskLayer>,
     /// From the topmost one down.
-    below: Vec<Arc<Layer>>,
+    below: Vec<Arc<DiskLayer>>,
     groups: [Mutex<()>; LOCKS],
     flush: Mutex<()>,
 }
@@ -106,7 +106,7 @@ impl LayeredDisk {
     ///
     /// # Errors
     /// No layer, too many, or layers that do not belong upon each other.
-    pub fn new(layers: Vec<Layer>) -> Result<Self, LayerError> {
+    pub fn new(layers: Vec<DiskLayer>) -> Result<Self, LayerError> {
         let count = layers.len();
         let mut stack: Vec<_> = layers.into_iter().rev().map(Arc::new).collect();
         if stack.is_empty() {
@@ -116,7 +116,7 @@ impl LayeredDisk {
         Self::stacked(top, stack)
     }
 
-    fn stacked(top: Arc<Layer>, below: Vec<Arc<Layer>>) -> Result<Self, LayerError> {
+    fn stacked(top: Arc<DiskLayer>, below: Vec<Arc<DiskLayer>>) -> Result<Self, LayerError> {
         let count = below.len() + 1;
         if count > MAX_LAYERS {
             return Err(LayerError::Count(count));
@@ -157,7 +157,7 @@ impl LayeredDisk {
     ///
     /// # Errors
     /// An unsuitable layer, or the file's error; this disk can still be used then.
-    pub fn freeze(&self, top: Layer) -> Result<Self, LayerError> {
+    pub fn freeze(&self, top: DiskLayer) -> Result<Self, LayerError> {
         let mut below = Vec::with_capacity(self.layers());
         below.push(Arc::clone(&self.top));
         below.extend(self.below.iter().cloned());
@@ -178,7 +178,7 @@ impl LayeredDisk {
 
     /// The layer below the top that provides `cluster`, and for how many clusters, `most`
     /// at most.
-    fn find_below(&self, cluster: u64, most: u64) -> (Option<&Layer>, u64) {
+    fn find_below(&self, cluster: u64, most: u64) -> (Option<&DiskLayer>, u64) {
         let mut most = most;
         for layer in &self.below {
             let (has, len) = layer.index.run(cluster, most);
@@ -191,7 +191,7 @@ impl LayeredDisk {
     }
 
     /// The layer that provides `cluster`, and for how many clusters, `most` at most.
-    fn find(&self, cluster: u64, most: u64) -> (Option<&Layer>, u64) {
+    fn find(&self, cluster: u64, most: u64) -> (Option<&DiskLayer>, u64) {
         match self.top.index.run(cluster, most) {
             (true, len) => (Some(&self.top), len),
             (false, len) => self.find_below(cluster, len),
@@ -230,7 +230,7 @@ impl LayeredDisk {
         memory: &GuestMemory,
         mut window: Window<'_>,
         offset: u64,
-        mut read: impl FnMut(&Layer, Window<'_>, u64) -> io::Result<bool>,
+        mut read: impl FnMut(&DiskLayer, Window<'_>, u64) -> io::Result<bool>,
     ) -> io::Result<bool> {
         let bytes = self.check(offset, window.len().into())?;
         let mut at = bytes.start;

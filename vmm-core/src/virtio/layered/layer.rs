@@ -68,7 +68,7 @@ struct Header {
 
 /// A layer of a disk.
 #[derive(Debug)]
-pub struct Layer {
+pub struct DiskLayer {
     pub(super) storage: Box<dyn Storage>,
     pub(super) index: Index,
     pub(super) capacity: u64,
@@ -89,7 +89,7 @@ fn data_start(capacity: u64) -> u64 {
     HEADER_BYTES + Index::file_len(capacity / CLUSTER)
 }
 
-impl Layer {
+impl DiskLayer {
     /// Makes `file`, which must be empty, a layer without clusters. It lies upon `below`, or
     /// is the lowest one. The capacity may be larger than that of `below`; what is past the
     /// end of that reads as zeros.

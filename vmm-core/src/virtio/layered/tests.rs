@@ -55,7 +55,10 @@ fn file() -> File {
 }
 
 fn single(capacity: u64) -> LayeredDisk {
-    LayeredDisk::new(vec![Layer::create(file(), id(1), None, capacity).unwrap()]).unwrap()
+    LayeredDisk::new(vec![
+        DiskLayer::create(file(), id(1), None, capacity).unwrap(),
+    ])
+    .unwrap()
 }
 
 /// One access in units of sectors.
@@ -107,7 +110,7 @@ proptest! {
         let mut model = vec![0; CAPACITY as usize];
         let mut files = vec![file()];
         let mut top = 1;
-        let layer = Layer::create(files[0].try_clone().unwrap(), id(top), None, CAPACITY).unwrap();
+        let layer = DiskLayer::create(files[0].try_clone().unwrap(), id(top), None, CAPACITY).unwrap();
         let mut disk = LayeredDisk::new(vec![layer]).unwrap();
         let bytes = |at: u64, len: u64| (at * SECTOR) as usize..((at + len) * SECTOR) as usize;
         for access in accesses {
@@ -133,7 +136,7 @@ proptest! {
                 Access::Freeze if files.len() < 9 => {
                     let new = file();
                     let handle = new.try_clone().unwrap();
-                    let layer = Layer::create(handle, id(top + 1), Some(id(top)), CAPACITY).unwrap();
+                    let layer = DiskLayer::create(handle, id(top + 1), Some(id(top)), CAPACITY).unwrap();
                     disk = disk.freeze(layer).unwrap();
                     files.push(new);
                     top += 1;
@@ -141,7 +144,7 @@ proptest! {
                 Access::Freeze => {}
                 Access::Reopen => {
                     disk.flush().unwrap();
-                    let open = |file: &File| Layer::open(file.try_clone().unwrap()).unwrap();
+                    let open = |file: &File| DiskLayer::open(file.try_clone().unwrap()).unwrap();
                     disk = LayeredDisk::new(files.iter().map(open).collect()).unwrap();
                 }
             }
@@ -162,7 +165,7 @@ fn writers_of_one_cluster_lose_nothing() {
         let base = single(CAPACITY);
         let guest = memory();
         write(&base, &guest, &vec![0xaa; 64 << 10], 0);
-        let top = Layer::create(file(), id(2), Some(id(1)), CAPACITY).unwrap();
+        let top = DiskLayer::create(file(), id(2), Some(id(1)), CAPACITY).unwrap();
         let disk = base.freeze(top).unwrap();
         let barrier = std::sync::Barrier::new(4);
         std::thread::scope(|scope| {
@@ -189,14 +192,14 @@ fn writers_of_one_cluster_lose_nothing() {
 #[test]
 fn a_new_disk_takes_no_space_and_no_memory() {
     let file = file();
-    let layer = Layer::create(file.try_clone().unwrap(), id(1), None, 100 << 30).unwrap();
+    let layer = DiskLayer::create(file.try_clone().unwrap(), id(1), None, 100 << 30).unwrap();
     assert_eq!(layer.index.leaves(), 0);
     assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
     let disk = LayeredDisk::new(vec![layer]).unwrap();
     let memory = memory();
     write(&disk, &memory, &[1; 4096], 99 << 30);
     disk.flush().unwrap();
-    let layer = Layer::open(file.try_clone().unwrap()).unwrap();
+    let layer = DiskLayer::open(file.try_clone().unwrap()).unwrap();
     assert_eq!(layer.index.leaves(), 1);
     assert!(file.metadata().unwrap().blocks() * 512 <= 128 << 10);
 }
@@ -204,7 +207,7 @@ fn a_new_disk_takes_no_space_and_no_memory() {
 #[test]
 fn discarded_space_is_returned() {
     let file = file();
-    let layer = Layer::create(file.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
+    let layer = DiskLayer::create(file.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
     let disk = LayeredDisk::new(vec![layer]).unwrap();
     let before = file.metadata().unwrap().blocks();
     write(&disk, &memory(), &vec![1; MEMORY], 0);
@@ -219,11 +222,11 @@ fn discarded_space_is_returned() {
 #[test]
 fn a_frozen_layer_does_not_change() {
     let below = file();
-    let layer = Layer::create(below.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
+    let layer = DiskLayer::create(below.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
     let disk = LayeredDisk::new(vec![layer]).unwrap();
     let memory = memory();
     write(&disk, &memory, &[1; 8192], 0);
-    let top = Layer::create(file(), id(2), Some(id(1)), CAPACITY + CLUSTER).unwrap();
+    let top = DiskLayer::create(file(), id(2), Some(id(1)), CAPACITY + CLUSTER).unwrap();
     let disk = disk.freeze(top).unwrap();
     let contents = || {
         let mut bytes = vec![0; below.metadata().unwrap().len() as usize];
@@ -262,7 +265,7 @@ fn accesses_past_the_end_are_refused() {
 #[test]
 fn unsuitable_files_are_refused() {
     for capacity in [0, 1, CLUSTER + 512, MAX_CAPACITY + CLUSTER, u64::MAX] {
-        let refused = Layer::create(file(), id(1), None, capacity);
+        let refused = DiskLayer::create(file(), id(1), None, capacity);
         assert!(
             matches!(refused, Err(LayerError::Capacity(_))),
             "{capacity}"
@@ -270,16 +273,16 @@ fn unsuitable_files_are_refused() {
     }
     let used = file();
     used.write_all_at(b"x", 0).unwrap();
-    let refused = Layer::create(used.try_clone().unwrap(), id(1), None, CAPACITY);
+    let refused = DiskLayer::create(used.try_clone().unwrap(), id(1), None, CAPACITY);
     assert!(matches!(refused, Err(LayerError::NotEmpty(1))));
-    assert!(matches!(Layer::open(used), Err(LayerError::Format(_))));
-    assert!(Layer::create(file(), id(0), None, CAPACITY).is_err());
+    assert!(matches!(DiskLayer::open(used), Err(LayerError::Format(_))));
+    assert!(DiskLayer::create(file(), id(0), None, CAPACITY).is_err());
 
     let damaged = |at: u64, bytes: &[u8]| {
         let file = file();
-        Layer::create(file.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
+        DiskLayer::create(file.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
         file.write_all_at(bytes, at).unwrap();
-        Layer::open(file)
+        DiskLayer::open(file)
     };
     assert!(damaged(100, b"").is_ok());
     assert!(matches!(damaged(0, b"X"), Err(LayerError::Format(_))));
@@ -296,15 +299,15 @@ fn unsuitable_files_are_refused() {
     );
     assert!(matches!(damaged(24, &[0; 16]), Err(LayerError::Format(_))));
     let short = file();
-    Layer::create(short.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
+    DiskLayer::create(short.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
     short.set_len(CAPACITY).unwrap();
-    assert!(matches!(Layer::open(short), Err(LayerError::Format(_))));
+    assert!(matches!(DiskLayer::open(short), Err(LayerError::Format(_))));
 }
 
 #[test]
 fn layers_of_other_disks_are_refused() {
     let layer = |own: u8, below: Option<u8>, capacity| {
-        Layer::create(file(), id(own), below.map(id), capacity).unwrap()
+        DiskLayer::create(file(), id(own), below.map(id), capacity).unwrap()
     };
     let refused = |layers| LayeredDisk::new(layers).unwrap_err();
     assert!(matches!(refused(vec![]), LayerError::Count(0)));

@@ -139,7 +139,7 @@ const SMALL: u64 = 24 * CLUSTER;
 /// The lowest layer, with some clusters, in the bytes of its file.
 fn base(memory: &GuestMemory) -> Vec<u8> {
     let file = file();
-    let layer = Layer::create(file.try_clone().unwrap(), id(1), None, SMALL).unwrap();
+    let layer = DiskLayer::create(file.try_clone().unwrap(), id(1), None, SMALL).unwrap();
     let disk = LayeredDisk::new(vec![layer]).unwrap();
     write(&disk, memory, &vec![1; 12 * CLUSTER as usize], 4 * CLUSTER);
     disk.flush().unwrap();
@@ -148,8 +148,8 @@ fn base(memory: &GuestMemory) -> Vec<u8> {
     bytes
 }
 
-fn open(bytes: Vec<u8>) -> Layer {
-    Layer::open_on(Box::new(Recorded::holding(bytes))).unwrap()
+fn open(bytes: Vec<u8>) -> DiskLayer {
+    DiskLayer::open_on(Box::new(Recorded::holding(bytes))).unwrap()
 }
 
 /// A random number generator, so that a case is its seed.
@@ -235,7 +235,7 @@ fn a_power_cut_loses_only_what_was_not_flushed() {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let recorded = Recorded::default();
         let log = Arc::clone(&recorded.operations);
-        let top = Layer::create_on(Box::new(recorded), id(2), id(1), SMALL).unwrap();
+        let top = DiskLayer::create_on(Box::new(recorded), id(2), id(1), SMALL).unwrap();
         let len = top.storage.len().unwrap() as usize;
         let disk = LayeredDisk::new(vec![open(base.clone()), top]).unwrap();
         disk.flush().unwrap();
