@@ -19,7 +19,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
 
 use crate::Error;
 use crate::manifest::{self, Manifest};
@@ -243,9 +244,18 @@ impl SnapshotStore {
     fn try_lease(&self, name: &str) -> Result<Option<Lease>, Error> {
         let dir = self.root.join(name);
         let path = dir.join("memory.bin");
-        let opened = match File::open(&dir) {
+        // A link is no snapshot: [`Self::names`] skips it, so that nothing keeps its parent or
+        // its image.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&dir, flags, Mode::empty()).map(File::from);
+        let opened = match opened.map_err(io::Error::from) {
             Ok(opened) => opened,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) || e.raw_os_error() == Some(Errno::LOOP.raw_os_error()) =>
+            {
                 return Err(Error::NotFound {
                     name: name.to_owned(),
                 });

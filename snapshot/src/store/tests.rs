@@ -502,3 +502,18 @@ fn a_link_to_nothing_is_not_an_empty_store() {
     fs::create_dir(dir.path().join("elsewhere")).unwrap();
     assert!(store.list().unwrap().is_empty());
 }
+
+/// A link would be run, although nothing that looks for users of parents and images sees it.
+#[test]
+fn a_link_to_a_snapshot_is_no_snapshot() {
+    let (_dir, store) = store();
+    publish(&store, "one", None);
+    std::os::unix::fs::symlink("one", store.root.join("link")).unwrap();
+    fs::write(store.root.join("file"), b"x").unwrap();
+    assert_eq!(store.names().unwrap(), ["one"]);
+    for name in ["link", "file", "none"] {
+        let refused = store.lease(name).unwrap_err();
+        assert!(matches!(refused, Error::NotFound { .. }), "{refused:?}");
+    }
+    store.lease("one").unwrap();
+}
