@@ -1,6 +1,6 @@
 //! Removal of snapshots that neither a process nor another snapshot uses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::Error;
 use crate::manifest::{self, Manifest};
 
 /// Names of children, by the names of their parents.
-type Family = BTreeMap<String, Vec<String>>;
+type Family = BTreeMap<String, BTreeSet<String>>;
 
 impl SnapshotStore {
     /// Removes a snapshot.
@@ -125,6 +125,11 @@ impl SnapshotStore {
         let mut graves = Vec::new();
         let guard = self.exclusive()?;
         let mut family = self.family("")?;
+        let pairs = family.iter().flat_map(|(parent, children)| {
+            let children = children.iter();
+            children.map(move |child| (child.clone(), parent.clone()))
+        });
+        let parents: BTreeMap<String, String> = pairs.collect();
         for name in names {
             // The snapshot was used or replaced before the lock was taken.
             if !still(&name) {
@@ -135,9 +140,8 @@ impl SnapshotStore {
                 .and_then(|_memory| self.bury(&self.root.join(&name)));
             if let Ok(grave) = buried {
                 graves.push(grave);
-                for children in family.values_mut() {
-                    children.retain(|child| *child != name);
-                }
+                let siblings = parents.get(&name).and_then(|it| family.get_mut(it));
+                siblings.map(|siblings| siblings.remove(&name));
             }
         }
         drop(guard);
@@ -184,7 +188,8 @@ impl SnapshotStore {
     /// # Errors
     /// The directory, or a manifest in it, cannot be read.
     pub fn children(&self, name: &str) -> Result<Vec<String>, Error> {
-        Ok(self.family(name)?.remove(name).unwrap_or_default())
+        let children = self.family(name)?.remove(name).unwrap_or_default();
+        Ok(children.into_iter().collect())
     }
 
     /// Returns the children of all snapshots. Manifests of other versions count if their
@@ -208,7 +213,7 @@ impl SnapshotStore {
                 Err(e) => return Err(Error::io("read", &path)(e)),
             };
             if let Some(parent) = manifest::parent_in(&bytes) {
-                family.entry(parent).or_default().push(name);
+                family.entry(parent).or_default().insert(name);
             }
         }
         Ok(family)
