@@ -14,7 +14,7 @@
 //!
 //! # Concurrency
 //! Any thread may call everything. A write that gives the top a new cluster holds the lock
-//! of the cluster's [`GROUP`] of clusters, because a write to a part of it copies the rest
+//! of the cluster's `GROUP` of clusters, because a write to a part of it copies the rest
 //! from below: without the lock, the copy could overwrite what another thread wrote.
 
 mod index;
