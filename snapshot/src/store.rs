@@ -347,7 +347,7 @@ impl SnapshotStore {
     /// Takes the lock that serialises creation, removal and sweeping among processes.
     fn exclusive(&self) -> Result<File, Error> {
         let path = self.root.join("lock");
-        lock_shared(open_lock(&path)?, &path)
+        lock_exclusive(open_lock(&path)?, &path)
     }
 
     /// Takes the lock under which drafts are created and abandoned ones sought. It is held
@@ -356,7 +356,7 @@ impl SnapshotStore {
     /// lock on the directory needs no file, which a full file system could not create.
     fn drafts(&self) -> Result<File, Error> {
         let root = File::open(&self.root).map_err(Error::io("open", &self.root))?;
-        lock_shared(root, &self.root)
+        lock_exclusive(root, &self.root)
     }
 
     /// Removes drafts of writers that no longer exist, and remains of removals. A failure
@@ -456,7 +456,7 @@ pub(crate) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-fn lock_shared(file: File, path: &Path) -> Result<File, Error> {
+fn lock_exclusive(file: File, path: &Path) -> Result<File, Error> {
     rustix::io::retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
         .map_err(|e| Error::io("lock", path)(e.into()))?;
     Ok(file)
