@@ -21,7 +21,7 @@ mod units;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::error::{ContextKind, ErrorKind};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory as _, Parser as _};
 use sm_runtime::timings::Phase;
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -71,8 +71,7 @@ fn run(
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(mut error) => {
-            // An unknown option is a mistake, not a value: no hint at `-- --OPTION`.
-            error.remove(ContextKind::Suggested);
+            remove_value_tip(&mut error);
             // Requested help and version go to standard output.
             let status = usage_status(&error);
             let printed = error.print();
@@ -89,6 +88,14 @@ fn run(
         }
         false => (failure, FAILED),
     })
+}
+
+/// Removes the tip to pass an unknown option as a value: it is a mistake. Other tips stay.
+fn remove_value_tip(error: &mut clap::Error) {
+    if let Some(ContextValue::StyledStrs(mut tips)) = error.remove(ContextKind::Suggested) {
+        tips.retain(|tip| !tip.to_string().contains(" as a value"));
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
+    }
 }
 
 /// Returns Docker's status for an invalid command line: 125 for an option, 1 for an
