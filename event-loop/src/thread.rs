@@ -165,6 +165,8 @@ impl EventLoop {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                // Dropped before `inner`: callers that wait get their error before handlers
+                // are dropped, which may wait for these callers.
                 let closing = Closing(Arc::clone(&inner.shared));
                 *lock(&closing.0.thread) = Some(std::thread::current().id());
                 inner.run(&closing.0);
