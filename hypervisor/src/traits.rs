@@ -116,7 +116,7 @@ pub trait VirtualMachine: Send + Sync + 'static {
     /// Its vCPUs before they are bound to a thread.
     type Seed: VcpuSeed<Arch = Self::Arch>;
 
-    /// Whether [`RestoringVcpu::finish_restore`] changes no state. A vCPU may then finish as
+    /// True if [`RestoringVcpu::finish_restore`] changes no state. A vCPU may then finish as
     /// late as its next command, which saves its thread a wake-up in every restore.
     const FINISH_IS_EMPTY: bool = false;
 

@@ -367,7 +367,7 @@ fn a_file_is_distinguished_from_its_replacement() {
     assert!(!is_still_at(&first, &path).unwrap());
 }
 
-/// What keeps a process from reading a manifest, whatever its rights.
+/// Obstacles keep every process from reading a manifest, also root's.
 #[test]
 fn nothing_is_removed_while_a_manifest_cannot_be_examined() {
     let (_dir, store) = store();

@@ -1,9 +1,9 @@
 //! A disk of sparse layers: read-only ones, and a writable one on top.
 //!
 //! A layer has some of the disk's clusters of [`CLUSTER`] bytes; the topmost layer that has
-//! a cluster provides it, and a cluster that no layer has is zeros. A layer that has become
-//! large is *frozen* by a new, empty top, at the same cost for every size: this makes a
-//! snapshot of a disk on any file system.
+//! a cluster provides it, and a cluster that no layer has is zeros. A new, empty top
+//! *freezes* the layer below it, at the same cost for every size: this makes a snapshot of
+//! a disk on any file system.
 //!
 //! # Crashes
 //! A flush makes the clusters durable first and the index of the top, which says what the

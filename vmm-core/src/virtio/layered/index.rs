@@ -81,8 +81,8 @@ impl Index {
         Some(leaf.get_or_init(new))
     }
 
-    /// Whether the set has `cluster`, and how many clusters from there on, `most` at most,
-    /// have the same answer. The set has no clusters past its end.
+    /// Returns true if the set has `cluster`, and the number of clusters from there on,
+    /// `most` at most, of which the same is true. The set has no clusters past its end.
     pub(super) fn run(&self, cluster: u64, most: u64) -> (bool, u64) {
         let (mut answer, mut len) = (None, 0);
         while len < most {
@@ -120,7 +120,7 @@ impl Index {
         (answer == Some(true), len.min(most))
     }
 
-    /// Whether the set has all of `clusters`.
+    /// Returns true if the set has all of `clusters`.
     pub(super) fn has_all(&self, clusters: &Range<u64>) -> bool {
         let count = clusters.end - clusters.start;
         self.run(clusters.start, count) == (true, count)

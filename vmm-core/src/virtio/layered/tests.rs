@@ -36,7 +36,7 @@ fn write(disk: &LayeredDisk, memory: &GuestMemory, bytes: &[u8], offset: u64) {
 }
 
 fn read(disk: &LayeredDisk, memory: &GuestMemory, offset: u64, len: usize) -> Vec<u8> {
-    // What is not filled shows.
+    // Bytes that are not filled show.
     let mut bytes = vec![0xee; len];
     memory.write_slice(&bytes, GuestAddress(0)).unwrap();
     let spans = span(len);
@@ -238,7 +238,7 @@ fn a_frozen_layer_does_not_change() {
     disk.discard(0, CLUSTER).unwrap();
     disk.write_zeroes(100 * CLUSTER, 100 * CLUSTER, false)
         .unwrap();
-    // What the lower layer does not reach.
+    // The lower layer ends before.
     assert_eq!(read(&disk, &memory, CAPACITY, 4096), [0; 4096]);
     write(&disk, &memory, &[3; 512], CAPACITY);
     disk.flush().unwrap();

@@ -137,7 +137,8 @@ fn a_token_server_cannot_redirect_it_to_another_host() {
     assert_eq!(asked.len(), 5, "{asked:?}");
     assert!(asked.iter().all(|r| r.method == "POST" && has_secret(r)));
     assert!(thief.requests().is_empty(), "{:?}", thief.requests());
-    // That of a password is followed without the password, and its token is not used.
+    // A redirection of a request with a password is followed without the password, and the
+    // token that it leads to is not used.
     login.at(&own.address, PASSWORD);
     own.fails(&["its token server redirects to localhost"]);
     let asked = tokens.requests();

@@ -165,8 +165,8 @@ impl Random {
     }
 }
 
-/// What the guest did until a number of recorded operations: the values that each sector
-/// had since the last flush that was complete then.
+/// The guest's view after a number of recorded operations: the values that each sector had
+/// since the last flush that was complete then.
 struct Moment {
     operations: usize,
     /// By sector: that at the flush first, then those of later writes.
