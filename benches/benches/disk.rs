@@ -38,11 +38,7 @@ fn raw(memory: &GuestMemory) -> Disk {
 
 /// A disk whose cluster number n is in layer n modulo `layers`.
 fn layered(memory: &GuestMemory, layers: u8) -> Disk {
-    let layer = |number: u8| {
-        let below = (number > 1).then(|| [number - 1; 16]);
-        let file = tempfile::tempfile().unwrap();
-        DiskLayer::create(file, [number; 16], below, CAPACITY).unwrap()
-    };
+    let file = || tempfile::tempfile().unwrap();
     let one = span(4096);
     let fill = |disk: &LayeredDisk, number: u8| {
         let start = u64::from(number - 1) * CLUSTER;
@@ -51,10 +47,11 @@ fn layered(memory: &GuestMemory, layers: u8) -> Disk {
             disk.write(memory, window, offset).unwrap();
         }
     };
-    let mut disk = LayeredDisk::new(vec![layer(1)]).unwrap();
+    let layer = DiskLayer::create(file(), [1; 16], None, CAPACITY).unwrap();
+    let mut disk = LayeredDisk::new(vec![layer]).unwrap();
     fill(&disk, 1);
     for number in 2..=layers {
-        disk = disk.freeze(layer(number)).unwrap();
+        disk = disk.freeze(file(), [number; 16], CAPACITY).unwrap();
         fill(&disk, number);
     }
     Disk::layered(disk)

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | `blk.rs`, `disk.rs` | the block device and its backings |
 //! | `layered.rs` | a disk of read-only layers under a writable one |
+//! | `storage.rs` | operations on their files |
 //! | `rng.rs` | the entropy device |
 
 pub mod blk;
 pub mod disk;
 pub mod layered;
 pub mod rng;
+mod storage;

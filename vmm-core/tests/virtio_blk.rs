@@ -89,17 +89,15 @@ fn raw(contents: &[u8]) -> (File, Disk) {
 /// A disk of two layers, of which the lower one has `contents`.
 fn layered(contents: &[u8]) -> Disk {
     let capacity = u64::try_from(contents.len()).unwrap();
-    let layer = |id, below| {
-        let file = tempfile::tempfile().unwrap();
-        DiskLayer::create(file, [id; 16], below, capacity).unwrap()
-    };
+    let file = || tempfile::tempfile().unwrap();
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), contents.len())]).unwrap();
     memory.write_slice(contents, GuestAddress(0)).unwrap();
     let all = [span(0, u32::try_from(contents.len()).unwrap())];
-    let base = LayeredDisk::new(vec![layer(1, None)]).unwrap();
+    let layer = DiskLayer::create(file(), [1; 16], None, capacity).unwrap();
+    let base = LayeredDisk::new(vec![layer]).unwrap();
     base.write(&memory, Window::new(&all, 0, u32::MAX), 0)
         .unwrap();
-    Disk::layered(base.freeze(layer(2, Some([1; 16]))).unwrap())
+    Disk::layered(base.freeze(file(), [2; 16], capacity).unwrap())
 }
 
 impl Bench {

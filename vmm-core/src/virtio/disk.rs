@@ -4,21 +4,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::fs::FileExt as _;
-
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{self, Window};
 
 use super::layered::LayeredDisk;
+use super::storage::{Storage as _, saturated};
 
 /// Length of a sector in bytes, the unit of the virtio-blk protocol.
 pub const SECTOR: u64 = 512;
-
-/// Zeroes for file systems that cannot zero a range themselves.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A part of a file that is a part of a composite disk.
 #[derive(Debug)]
@@ -61,11 +55,6 @@ enum Kind {
         read_only: bool,
     },
     Layered(Box<LayeredDisk>),
-}
-
-/// Converts a length, limited to that of the largest window.
-fn saturated(len: u64) -> u32 {
-    u32::try_from(len).unwrap_or(u32::MAX)
 }
 
 fn invalid(text: &str) -> io::Error {
@@ -290,7 +279,7 @@ impl Disk {
         if let Kind::Layered(layers) = &self.kind {
             return layers.discard(offset, len);
         }
-        self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)
+        self.change(offset, len, |file, range| file.punch(range))
     }
 
     /// Makes a range read as zero; with `unmap`, also returns its space, if the file system
@@ -302,38 +291,35 @@ impl Disk {
         if let Kind::Layered(layers) = &self.kind {
             return layers.write_zeroes(offset, len, unmap);
         }
-        let how = if unmap {
-            FallocateFlags::PUNCH_HOLE
-        } else {
-            FallocateFlags::ZERO_RANGE
-        };
-        match self.allocate(how, offset, len) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-            other => return other,
-        }
-        let file = self.writable()?;
-        let end = offset + len; // checked above
-        let mut at = offset;
-        while at < end {
-            let count = (end - at).min(ZEROES.len() as u64);
-            let count = usize::try_from(count).unwrap_or(ZEROES.len());
-            file.write_all_at(&ZEROES[..count], at)?;
-            at += count as u64;
-        }
-        Ok(())
+        self.change(offset, len, |file, range| {
+            let zeroed = if unmap {
+                file.punch(range.clone())
+            } else {
+                file.zero(range.clone())
+            };
+            match zeroed {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    file.store_zeroes(range)
+                }
+                other => other,
+            }
+        })
     }
 
-    fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+    /// Applies `change` to a range of the file, unless it is empty.
+    fn change(
+        &self,
+        offset: u64,
+        len: u64,
+        change: impl FnOnce(&File, std::ops::Range<u64>) -> io::Result<()>,
+    ) -> io::Result<()> {
         self.check(offset, len)?;
         let file = self.writable()?;
         if len == 0 {
             return Ok(());
         }
-        match fallocate(file, how | FallocateFlags::KEEP_SIZE, offset, len) {
-            Ok(()) => Ok(()),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Err(io::ErrorKind::Unsupported.into()),
-            Err(error) => Err(error.into()),
-        }
+        // The end is at most that of the disk.
+        change(file, offset..offset + len)
     }
 }
 

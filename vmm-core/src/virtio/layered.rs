@@ -19,11 +19,11 @@
 
 mod index;
 mod layer;
-mod storage;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 mod tests;
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +31,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 
+use super::storage::saturated;
+
+use layer::CLUSTER_BYTES;
 pub use layer::{CLUSTER, DiskLayer, LayerError, LayerId, MAX_CAPACITY};
 
 /// Largest number of layers of one disk: each costs every read a look into its index.
@@ -39,9 +42,6 @@ pub const MAX_LAYERS: usize = 64;
 /// Clusters that one lock is for: 1 MiB.
 const GROUP: u64 = 256;
 const LOCKS: usize = 32;
-
-/// Zeros for file systems that cannot zero a range themselves.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A disk of layers.
 ///
@@ -55,8 +55,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 /// assert_eq!(disk.capacity(), 64 << 30);
 ///
 /// // What was written so far belongs to a layer that does not change any more.
-/// let top = DiskLayer::create(file()?, [2; 16], Some([1; 16]), 64 << 30)?;
-/// let disk = disk.freeze(top)?;
+/// let disk = disk.freeze(file()?, [2; 16], 64 << 30)?;
 /// assert_eq!(disk.layers(), 2);
 /// # Ok(())
 /// # }
@@ -72,11 +71,6 @@ pub struct LayeredDisk {
 
 fn lock(mutex: &Mutex<()>) -> MutexGuard<'_, ()> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Converts a length, limited to that of the largest window.
-fn saturated(len: u64) -> u32 {
-    u32::try_from(len).unwrap_or(u32::MAX)
 }
 
 /// The clusters that `bytes` touches.
@@ -151,13 +145,15 @@ impl LayeredDisk {
         self.below.len() + 1
     }
 
-    /// Flushes, and returns the disk with `top`, which must be empty and made upon the top
-    /// of this disk. Takes the same time for every size. This disk must not be written to
-    /// any more, which the caller ensures.
+    /// Flushes, and returns the disk with a new top in `file`, as
+    /// [`DiskLayer::create`] makes it. Takes the same time for every size. This disk must
+    /// not be written to any more, which the caller ensures.
     ///
     /// # Errors
-    /// An unsuitable layer, or the file's error; this disk can still be used then.
-    pub fn freeze(&self, top: DiskLayer) -> Result<Self, LayerError> {
+    /// As [`DiskLayer::create`], a capacity below that of this disk, or too many layers;
+    /// this disk can still be used then.
+    pub fn freeze(&self, file: File, id: LayerId, capacity: u64) -> Result<Self, LayerError> {
+        let top = DiskLayer::create(file, id, Some(self.top.id), capacity)?;
         let mut below = Vec::with_capacity(self.layers());
         below.push(Arc::clone(&self.top));
         below.extend(self.below.iter().cloned());
@@ -323,7 +319,7 @@ impl LayeredDisk {
         if self.top.index.has_all(&(cluster..cluster + 1)) {
             return Ok(());
         }
-        let mut bytes = [0; 4096]; // CLUSTER
+        let mut bytes = [0; CLUSTER_BYTES];
         let offset = cluster * CLUSTER;
         if let (Some(layer), _) = self.find_below(cluster, 1) {
             layer.storage.load(&mut bytes, layer.at(offset))?;
@@ -373,26 +369,10 @@ impl LayeredDisk {
         if !whole.is_empty() {
             let _new = self.locks_of(&whole);
             let range = self.top.range(&bytes_of(&whole));
-            match self.top.storage.zero(range.clone()) {
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                    self.store_zeroes(range)?;
-                }
-                other => other?,
-            }
+            self.top.storage.make_zero(range)?;
             self.top.index.insert(whole);
         }
         ends.iter().try_for_each(|end| self.zero_part(end))
-    }
-
-    fn store_zeroes(&self, range: Range<u64>) -> io::Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            let count = (range.end - at).min(ZEROES.len() as u64);
-            let bytes = ZEROES.get(..usize::try_from(count).unwrap_or(0));
-            self.top.storage.store(bytes.unwrap_or(&ZEROES), at)?;
-            at += count;
-        }
-        Ok(())
     }
 
     /// The locks of all groups of `clusters`, in the order of their numbers, so that two
@@ -433,7 +413,7 @@ impl LayeredDisk {
             return Ok(());
         }
         self.fill(clusters.start)?;
-        self.store_zeroes(self.top.range(bytes))?;
+        self.top.storage.store_zeroes(self.top.range(bytes))?;
         self.top.index.insert(clusters);
         Ok(())
     }

@@ -9,11 +9,13 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::index::{Index, LEAF_BYTES};
-use super::storage::Storage;
+use crate::virtio::storage::Storage;
 
 /// Length of a cluster in bytes: the unit in which a layer has data or not. That of the
 /// guest's file systems, so that most writes fill whole clusters.
-pub const CLUSTER: u64 = 4096;
+pub const CLUSTER: u64 = CLUSTER_BYTES as u64;
+
+pub(super) const CLUSTER_BYTES: usize = 4096;
 
 /// Largest capacity in bytes. ext4 has files of 16 TiB at most.
 pub const MAX_CAPACITY: u64 = 8 << 40;

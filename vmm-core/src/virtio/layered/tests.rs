@@ -136,8 +136,7 @@ proptest! {
                 Access::Freeze if files.len() < 9 => {
                     let new = file();
                     let handle = new.try_clone().unwrap();
-                    let layer = DiskLayer::create(handle, id(top + 1), Some(id(top)), CAPACITY).unwrap();
-                    disk = disk.freeze(layer).unwrap();
+                    disk = disk.freeze(handle, id(top + 1), CAPACITY).unwrap();
                     files.push(new);
                     top += 1;
                 }
@@ -165,8 +164,7 @@ fn writers_of_one_cluster_lose_nothing() {
         let base = single(CAPACITY);
         let guest = memory();
         write(&base, &guest, &vec![0xaa; 64 << 10], 0);
-        let top = DiskLayer::create(file(), id(2), Some(id(1)), CAPACITY).unwrap();
-        let disk = base.freeze(top).unwrap();
+        let disk = base.freeze(file(), id(2), CAPACITY).unwrap();
         let barrier = std::sync::Barrier::new(4);
         std::thread::scope(|scope| {
             for writer in 0..4u64 {
@@ -226,8 +224,7 @@ fn a_frozen_layer_does_not_change() {
     let disk = LayeredDisk::new(vec![layer]).unwrap();
     let memory = memory();
     write(&disk, &memory, &[1; 8192], 0);
-    let top = DiskLayer::create(file(), id(2), Some(id(1)), CAPACITY + CLUSTER).unwrap();
-    let disk = disk.freeze(top).unwrap();
+    let disk = disk.freeze(file(), id(2), CAPACITY + CLUSTER).unwrap();
     let contents = || {
         let mut bytes = vec![0; below.metadata().unwrap().len() as usize];
         below.read_exact_at(&mut bytes, 0).unwrap();
@@ -326,7 +323,7 @@ fn layers_of_other_disks_are_refused() {
     let many = (1..=65).map(|n| layer(n, (n > 1).then(|| n - 1), CAPACITY));
     assert!(matches!(refused(many.collect()), LayerError::Count(65)));
     let disk = single(CAPACITY);
-    assert!(disk.freeze(layer(9, Some(8), CAPACITY)).is_err());
+    assert!(disk.freeze(file(), id(9), CAPACITY - CLUSTER).is_err());
     assert_eq!(disk.layers(), 1);
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::virtio::layered::storage::Storage;
+use crate::virtio::storage::Storage;
 
 /// An operation on the file, in order.
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! Operations on the file of a layer, so that tests can record them.
+//! Operations on the file of a disk: a trait, so that tests can record them.
 
 use std::fmt::Debug;
 use std::fs::File;
@@ -12,7 +12,15 @@ use rustix::io::Errno;
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::{self, Window};
 
-/// The file of a layer. Any thread may use it; a read at a place that no call has written
+/// Zeros for file systems that cannot zero a range themselves.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Converts a length, limited to that of the largest window.
+pub(super) fn saturated(len: u64) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+/// The file of a disk. Any thread may use it; a read at a place that no call has written
 /// gives zeros.
 pub(super) trait Storage: Debug + Send + Sync {
     /// The length in bytes.
@@ -46,6 +54,26 @@ pub(super) trait Storage: Debug + Send + Sync {
 
     /// Makes everything before durable.
     fn sync(&self) -> io::Result<()>;
+
+    /// Makes a range read as zero by writing zeros.
+    fn store_zeroes(&self, range: Range<u64>) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let count = (range.end - at).min(ZEROES.len() as u64);
+            let bytes = ZEROES.get(..usize::try_from(count).unwrap_or(0));
+            self.store(bytes.unwrap_or(&ZEROES), at)?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zero; in the way of [`zero`](Self::zero) if possible.
+    fn make_zero(&self, range: Range<u64>) -> io::Result<()> {
+        match self.zero(range.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => self.store_zeroes(range),
+            other => other,
+        }
+    }
 
     /// The first part of `range` that may be something else than zeros.
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>>;
