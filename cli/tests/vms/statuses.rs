@@ -88,6 +88,7 @@ fn an_unknown_option_is_named_and_the_help_is_pointed_at() {
         "{said}"
     );
     assert!(!said.contains("-- --restrat"), "{said}");
+    assert!(!said.contains("\n\n\n"), "{said:?}");
     // Other tips stay: the option exists, but not here.
     let done = User::new().sm(&["--detach", "run", "busybox"]);
     let said = text(&done.stderr);
