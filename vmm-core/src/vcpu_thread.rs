@@ -60,8 +60,10 @@ enum Command<A: Arch> {
     Park(Sender<()>),
     Save(Sender<Result<A::Vcpu, Error>>),
     Reload(Arc<A::Vcpu>, Sender<Result<RestoredVcpu, Error>>),
-    /// Without a sender, the exit latch gets an error.
-    Finish(Finish, Option<Sender<Result<(), Error>>>),
+    Finish(Finish, Sender<Result<(), Error>>),
+    /// Finishes the restore and executes the command; the exit latch gets an error. One
+    /// message: if the vCPU is lost, sending has nevertheless succeeded.
+    FinishFirst(Finish, Box<Self>),
 }
 
 /// Handle to a vCPU thread. Dropping it ends the thread.
@@ -128,7 +130,7 @@ impl<A: Arch> VcpuThread<A> {
                 let refuse = |error| bound.send(Err(error)).ok().and(None);
                 let vcpu = match start {
                     VcpuStart::Boot(registers) => match seed.bind(registers.as_deref()) {
-                        Ok(vcpu) => bound.send(Ok(None)).ok().map(|()| vcpu),
+                        Ok(vcpu) => bound.send(Ok(None)).ok().map(|()| (vcpu, None)),
                         Err(error) => refuse(error),
                     },
                     VcpuStart::Restore(state) => match seed.bind_restored(&state) {
@@ -139,8 +141,8 @@ impl<A: Arch> VcpuThread<A> {
                         Err(error) => refuse(error),
                     },
                 };
-                if let Some(vcpu) = vcpu {
-                    Runner { vcpu, context }.serve();
+                if let Some((vcpu, first)) = vcpu {
+                    Runner { vcpu, context }.serve(first);
                 }
             })
             .map_err(|source| VcpuError::Spawn {
@@ -167,10 +169,10 @@ impl<A: Arch> VcpuThread<A> {
             return Err(error);
         };
         let mut deferred = self.deferred.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(finish) = deferred.take() {
-            // If the thread has ended, the next line says so.
-            let _ = commands.send(Command::Finish(finish, None));
-        }
+        let command = match deferred.take() {
+            Some(finish) => Command::FinishFirst(finish, Box::new(command)),
+            None => command,
+        };
         commands.send(command).map_err(|_| error)
     }
 
@@ -214,7 +216,7 @@ impl<A: Arch> VcpuThread<A> {
 
     /// Finishes the restore of a vCPU that has its state.
     pub(crate) fn finish(&self, finish: Finish) -> Result<Pending<Result<(), Error>>, VcpuError> {
-        self.request(|reply| Command::Finish(finish, Some(reply)))
+        self.request(|reply| Command::Finish(finish, reply))
     }
 
     /// Finishes the restore before the next command, without waking the thread for it. An
@@ -493,13 +495,17 @@ mod tests {
         }
         assert_eq!(exit.reason(), None);
 
-        let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
-        thread.finish_later(Finish::new(&VmIdentity::new(), 3));
-        thread.run().unwrap();
-        let MachineExit::Failed { reason } = exit.wait() else {
-            panic!("{:?}", exit.reason());
-        };
-        assert!(reason.contains("vCPU 3"), "{reason}");
+        // A vCPU that is lost before its command is executed has nevertheless received it.
+        for _ in 0..100 {
+            let (thread, _script, exit) = spawn(Script::default());
+            let _proof = thread.reload(saved()).unwrap().wait_ok().unwrap();
+            thread.finish_later(Finish::new(&VmIdentity::new(), 3));
+            thread.run().unwrap();
+            let MachineExit::Failed { reason } = exit.wait() else {
+                panic!("{:?}", exit.reason());
+            };
+            assert!(reason.contains("vCPU 3"), "{reason}");
+        }
     }
 
     #[test]

@@ -25,36 +25,44 @@ pub(super) struct VcpuContext<A: Arch> {
 }
 
 impl<A: Arch> VcpuContext<A> {
-    /// Waits for the machine to be restored, and finishes. Returns `None` if the vCPU is
-    /// lost.
-    pub(super) fn finish<R: RestoringVcpu>(&self, restoring: R) -> Option<R::Vcpu> {
+    /// Waits for the machine to be restored, and finishes. Returns the vCPU with the command
+    /// that it executes first, if there is one, or `None` if the vCPU is lost.
+    pub(super) fn finish<R: RestoringVcpu>(&self, restoring: R) -> Option<Finished<R::Vcpu, A>> {
         match self.inbox.recv() {
             Ok(Command::Finish(finish, reply)) => {
                 let (answer, vcpu) = match restoring.finish_restore(finish) {
-                    Ok(vcpu) => (Ok(()), Some(vcpu)),
+                    Ok(vcpu) => (Ok(()), Some((vcpu, None))),
                     Err(error) => (Err(error), None),
                 };
-                match (reply, answer) {
-                    // A reply without a receiver is no loss.
-                    (Some(reply), answer) => drop(reply.send(answer)),
-                    (None, Ok(())) => {}
-                    (None, Err(error)) => self.exit.report(MachineExit::Failed {
-                        reason: format!("vCPU {}: {error}", self.index),
-                    }),
-                }
+                // A reply without a receiver is no loss.
+                let _ = reply.send(answer);
                 vcpu
             }
+            Ok(Command::FinishFirst(finish, command)) => match restoring.finish_restore(finish) {
+                Ok(vcpu) => Some((vcpu, Some(*command))),
+                Err(error) => {
+                    self.fail(&error);
+                    None
+                }
+            },
             Ok(_) => {
                 // The restore of the machine failed halfway.
-                self.exit.report(MachineExit::Failed {
-                    reason: format!("vCPU {}: its restore was not finished", self.index),
-                });
+                self.fail(&"its restore was not finished");
                 None
             }
             Err(RecvError) => None,
         }
     }
+
+    fn fail(&self, reason: &dyn std::fmt::Display) {
+        self.exit.report(MachineExit::Failed {
+            reason: format!("vCPU {}: {reason}", self.index),
+        });
+    }
 }
+
+/// A vCPU whose restore is finished, and the command that it executes first.
+pub(super) type Finished<V, A> = (V, Option<Command<A>>);
 
 /// A vCPU on its thread.
 pub(super) struct Runner<V: Vcpu> {
@@ -63,9 +71,10 @@ pub(super) struct Runner<V: Vcpu> {
 }
 
 impl<V: Vcpu> Runner<V> {
-    /// Executes commands, parked at first; returns when the thread has to end.
-    pub(super) fn serve(mut self) {
-        let mut next = Next::Park;
+    /// Executes commands, `first` if there is one, parked at first; returns when the thread
+    /// has to end.
+    pub(super) fn serve(mut self, first: Option<Command<V::Arch>>) {
+        let mut next = first.map_or(Next::Park, Next::Obey);
         let mut running = false;
         loop {
             next = match next {
@@ -107,9 +116,15 @@ impl<V: Vcpu> Runner<V> {
             Command::Save(reply) => {
                 let _ = reply.send(self.vcpu.save());
             }
-            Command::Reload(state, reply) => self = self.reload(&state, &reply)?,
+            Command::Reload(state, reply) => {
+                let first;
+                (self, first) = self.reload(&state, &reply)?;
+                if let Some(command) = first {
+                    return Some((self, Next::Obey(command)));
+                }
+            }
             // Nothing is unfinished: dropping the sender reports `Gone`.
-            Command::Finish(..) => {}
+            Command::Finish(..) | Command::FinishFirst(..) => {}
         }
         Some((self, if running { Next::Run } else { Next::Park }))
     }
@@ -118,13 +133,13 @@ impl<V: Vcpu> Runner<V> {
         self,
         state: &<V::Arch as Arch>::Vcpu,
         reply: &Sender<Result<RestoredVcpu, Error>>,
-    ) -> Option<Self> {
+    ) -> Option<Finished<Self, V::Arch>> {
         let Self { vcpu, context } = self;
         match vcpu.reload(state) {
             Ok((restoring, proof)) => {
                 let _ = reply.send(Ok(proof));
-                let vcpu = context.finish(restoring)?;
-                Some(Self { vcpu, context })
+                let (vcpu, first) = context.finish(restoring)?;
+                Some((Self { vcpu, context }, first))
             }
             Err(error) => {
                 let _ = reply.send(Err(error));
