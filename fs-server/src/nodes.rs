@@ -1,0 +1,561 @@
+//! The inodes that the guest knows, without a descriptor for any of them.
+//!
+//! A node is an inode of a share, found by its identity, with the directory and the name by
+//! which it was seen last. Names of the host change at any time: a name only leads to a
+//! node if the inode there still has the node's identity.
+//!
+//! Parents form a tree. If the host moves a directory below one of its descendants' former
+//! places, the recorded names of two directories could contradict each other; a link that
+//! would close a circle shows that an earlier one is outdated, and cuts it.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher as _;
+
+use rustix::io::Errno;
+
+/// Identity of an inode of the host. The time of creation distinguishes inodes that had one
+/// number after each other, where the file system has it.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    /// Time of creation in nanoseconds, truncated; 0 if it is unknown.
+    pub(crate) born: u64,
+    /// File type, as in `mode`.
+    pub(crate) kind: u32,
+}
+
+/// Position of a node in the table.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub(crate) struct NodeIndex(u32);
+
+impl NodeIndex {
+    /// The synthetic root of all shares.
+    pub(crate) const ROOT: Self = Self(0);
+
+    /// Returns the root of share `share`.
+    pub(crate) fn of_share(share: u16) -> Self {
+        Self(u32::from(share) + 1)
+    }
+
+    fn slot(self) -> usize {
+        // `usize` has at least 32 bits on the hosts of this crate.
+        self.0 as usize
+    }
+}
+
+/// No node, as a link in a list.
+const NONE: u32 = u32::MAX;
+
+/// A node.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) share: u16,
+    pub(crate) identity: Identity,
+    /// Directory in which the node was seen last. `None` if a later observation has shown
+    /// that it is not there.
+    pub(crate) parent: Option<NodeIndex>,
+    /// Name in that directory, with its NUL.
+    name: Box<[u8]>,
+    /// References of the guest, as far as it says so. Saturates.
+    lookups: u64,
+    /// Number of nodes with this parent.
+    children: u32,
+    generation: u32,
+    /// Next node of the bucket, or of the free list.
+    next: u32,
+    used: bool,
+}
+
+/// Bytes of a name with its NUL.
+fn with_nul(name: &[u8]) -> Box<[u8]> {
+    let mut bytes = Vec::with_capacity(name.len() + 1);
+    bytes.extend_from_slice(name);
+    bytes.push(0);
+    bytes.into_boxed_slice()
+}
+
+impl Node {
+    /// Returns the name in the parent, with its NUL.
+    pub(crate) fn name(&self) -> &std::ffi::CStr {
+        std::ffi::CStr::from_bytes_until_nul(&self.name).unwrap_or_default()
+    }
+}
+
+/// The table of nodes.
+#[derive(Debug)]
+pub(crate) struct Nodes {
+    slots: Vec<Node>,
+    /// First node of each bucket; a power of two of them.
+    buckets: Vec<u32>,
+    free: u32,
+    used: usize,
+    /// Root and shares, which are never removed.
+    pinned: usize,
+    max: usize,
+    hasher: RandomState,
+}
+
+impl Nodes {
+    /// Creates a table with the root, and nodes for roots of shares.
+    pub(crate) fn new(shares: &[Identity], max: u32) -> Self {
+        let root = Identity {
+            device: 0,
+            inode: 1,
+            born: 0,
+            kind: crate::abi::linux::S_IFDIR,
+        };
+        let mut nodes = Self {
+            slots: Vec::new(),
+            buckets: vec![NONE; 16],
+            free: NONE,
+            used: 0,
+            pinned: shares.len() + 1,
+            max: usize::try_from(max.min(1 << 31)).unwrap_or(1 << 31),
+            hasher: RandomState::new(),
+        };
+        // The root and the shares are not found by identity: a share may be inside another.
+        nodes.slots.push(Self::pinned(u16::MAX, root));
+        for (share, identity) in (0..).zip(shares) {
+            nodes.slots.push(Self::pinned(share, *identity));
+        }
+        nodes
+    }
+
+    fn pinned(share: u16, identity: Identity) -> Node {
+        Node {
+            share,
+            identity,
+            parent: None,
+            name: Box::default(),
+            lookups: 1,
+            children: 0,
+            generation: 0,
+            next: NONE,
+            used: true,
+        }
+    }
+
+    /// Returns the number of nodes beside root and shares.
+    pub(crate) fn len(&self) -> usize {
+        self.used
+    }
+
+    /// Returns true if `index` is the root or that of a share.
+    pub(crate) fn is_pinned(&self, index: NodeIndex) -> bool {
+        index.slot() < self.pinned
+    }
+
+    /// Returns the number by which the guest knows a node: no other node ever has it.
+    pub(crate) fn id(&self, index: NodeIndex) -> u64 {
+        let generation = self
+            .slots
+            .get(index.slot())
+            .map_or(0, |node| node.generation);
+        u64::from(generation) << 32 | (u64::from(index.0) + crate::abi::ROOT_ID)
+    }
+
+    /// Returns the node with a number of the guest.
+    ///
+    /// # Errors
+    /// `ESTALE` if there is none.
+    pub(crate) fn find(&self, id: u64) -> Result<NodeIndex, Errno> {
+        let low = u32::try_from(id & 0xffff_ffff).map_err(|_| Errno::STALE)?;
+        let index = NodeIndex(low.checked_sub(1).ok_or(Errno::STALE)?);
+        let node = self.slots.get(index.slot()).filter(|node| node.used);
+        match node {
+            Some(node) if u64::from(node.generation) == id >> 32 => Ok(index),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    /// Returns a node of the table. An index is only valid until its node is removed, and a
+    /// removed one has an identity that no inode has.
+    pub(crate) fn get(&self, index: NodeIndex) -> Result<&Node, Errno> {
+        let node = self.slots.get(index.slot()).filter(|node| node.used);
+        node.ok_or(Errno::STALE)
+    }
+
+    fn bucket(&self, share: u16, identity: &Identity) -> usize {
+        let hash = self.hasher.hash_one((share, identity));
+        // The mask is less than the number of buckets, which is a `usize`.
+        let mask = self.buckets.len() as u64 - 1;
+        usize::try_from(hash & mask).unwrap_or(0)
+    }
+
+    fn search(&self, share: u16, identity: &Identity) -> Option<NodeIndex> {
+        let mut at = *self.buckets.get(self.bucket(share, identity))?;
+        while let Some(node) = self.slots.get(at as usize) {
+            if node.share == share && node.identity == *identity {
+                return Some(NodeIndex(at));
+            }
+            at = node.next;
+        }
+        None
+    }
+
+    /// Returns the node of an inode that was seen as `name` in `parent`, and counts a
+    /// reference of the guest.
+    ///
+    /// # Errors
+    /// `ENFILE` if the table is full; `ELOOP` for a directory that contains itself.
+    pub(crate) fn seen(
+        &mut self,
+        parent: NodeIndex,
+        name: &[u8],
+        identity: Identity,
+    ) -> Result<NodeIndex, Errno> {
+        let share = self.get(parent)?.share;
+        let Some(index) = self.search(share, &identity) else {
+            return self.insert(share, parent, name, identity);
+        };
+        if index == parent {
+            // A directory that is mounted in itself.
+            return Err(Errno::LOOP);
+        }
+        self.refer(index);
+        self.place(index, parent, name);
+        Ok(index)
+    }
+
+    /// Records the place of an inode, if the guest knows it.
+    pub(crate) fn moved(&mut self, parent: NodeIndex, name: &[u8], identity: Identity) {
+        if let Ok(node) = self.get(parent)
+            && let Some(index) = self.search(node.share, &identity)
+            && index != parent
+        {
+            self.refer(index);
+            self.place(index, parent, name);
+            self.forget(index, 1);
+        }
+    }
+
+    /// Counts a reference of the guest.
+    pub(crate) fn refer(&mut self, index: NodeIndex) {
+        if let Some(node) = self.slots.get_mut(index.slot()) {
+            node.lookups = node.lookups.saturating_add(1);
+        }
+    }
+
+    /// Returns true if a further inode can be recorded.
+    pub(crate) fn has_room(&self) -> bool {
+        self.used < self.max
+    }
+
+    fn insert(
+        &mut self,
+        share: u16,
+        parent: NodeIndex,
+        name: &[u8],
+        identity: Identity,
+    ) -> Result<NodeIndex, Errno> {
+        if self.used >= self.max {
+            return Err(Errno::NFILE);
+        }
+        if self.used >= self.buckets.len() {
+            self.grow();
+        }
+        let bucket = self.bucket(share, &identity);
+        let mut node = Node {
+            share,
+            identity,
+            parent: Some(parent),
+            name: with_nul(name),
+            lookups: 1,
+            children: 0,
+            generation: 0,
+            next: self.buckets[bucket],
+            used: true,
+        };
+        let at = if let Some(free) = self.slots.get_mut(self.free as usize) {
+            let at = self.free;
+            self.free = free.next;
+            node.generation = free.generation;
+            *free = node;
+            at
+        } else {
+            let at = u32::try_from(self.slots.len()).map_err(|_| Errno::NFILE)?;
+            self.slots.push(node);
+            at
+        };
+        self.buckets[bucket] = at;
+        self.slots[parent.slot()].children += 1;
+        self.used += 1;
+        Ok(NodeIndex(at))
+    }
+
+    fn grow(&mut self) {
+        self.buckets = vec![NONE; self.buckets.len() * 2];
+        for slot in self.pinned..self.slots.len() {
+            if self.slots[slot].used {
+                let node = &self.slots[slot];
+                let bucket = self.bucket(node.share, &node.identity);
+                self.slots[slot].next = self.buckets[bucket];
+                // Slots are counted by a u32.
+                self.buckets[bucket] = u32::try_from(slot).unwrap_or(NONE);
+            }
+        }
+    }
+
+    /// Records that `index`, which something refers to, is `name` in `parent`.
+    fn place(&mut self, index: NodeIndex, parent: NodeIndex, name: &[u8]) {
+        let node = &self.slots[index.slot()];
+        let same = node.parent == Some(parent);
+        if !same {
+            self.cut_circle(index, parent);
+            let former = self.slots[index.slot()].parent.replace(parent);
+            self.slots[parent.slot()].children += 1;
+            if let Some(former) = former {
+                self.leave(former);
+            }
+        }
+        let node = &mut self.slots[index.slot()];
+        if node.name().to_bytes() != name {
+            node.name = with_nul(name);
+        }
+    }
+
+    /// Removes the outdated link because of which `parent` counts as a descendant of
+    /// `index`, if there is one.
+    fn cut_circle(&mut self, index: NodeIndex, parent: NodeIndex) {
+        let mut at = parent;
+        // Parents form a tree, so the walk ends.
+        while let Some(above) = self.slots[at.slot()].parent {
+            if above == index {
+                self.slots[at.slot()].parent = None;
+                self.leave(above);
+                return;
+            }
+            at = above;
+        }
+    }
+
+    /// Counts one child less, and removes nodes that nothing refers to.
+    fn leave(&mut self, parent: NodeIndex) {
+        let node = &mut self.slots[parent.slot()];
+        node.children = node.children.saturating_sub(1);
+        self.remove_unused(parent);
+    }
+
+    /// Removes `count` references of the guest; returns true if the node is gone.
+    pub(crate) fn forget(&mut self, index: NodeIndex, count: u64) -> bool {
+        if self.is_pinned(index) {
+            return false;
+        }
+        let Some(node) = self.slots.get_mut(index.slot()).filter(|node| node.used) else {
+            return false;
+        };
+        node.lookups = node.lookups.saturating_sub(count);
+        self.remove_unused(index);
+        !self.slots[index.slot()].used
+    }
+
+    /// Removes `index` if nothing refers to it, and then its parents likewise.
+    fn remove_unused(&mut self, index: NodeIndex) {
+        let mut at = index;
+        while !self.is_pinned(at) {
+            let node = &self.slots[at.slot()];
+            if !node.used || node.lookups > 0 || node.children > 0 {
+                return;
+            }
+            self.unlink(at);
+            let free = self.free;
+            let node = &mut self.slots[at.slot()];
+            let parent = node.parent.take();
+            node.used = false;
+            node.name = Box::default();
+            node.generation = node.generation.wrapping_add(1);
+            node.next = free;
+            self.free = at.0;
+            self.used -= 1;
+            let Some(parent) = parent else { return };
+            let above = &mut self.slots[parent.slot()];
+            above.children = above.children.saturating_sub(1);
+            at = parent;
+        }
+    }
+
+    /// Removes a node from its bucket.
+    fn unlink(&mut self, index: NodeIndex) {
+        let node = &self.slots[index.slot()];
+        let (next, bucket) = (node.next, self.bucket(node.share, &node.identity));
+        let mut at = self.buckets[bucket];
+        if at == index.0 {
+            self.buckets[bucket] = next;
+            return;
+        }
+        while let Some(node) = self.slots.get_mut(at as usize) {
+            if node.next == index.0 {
+                node.next = next;
+                return;
+            }
+            at = node.next;
+        }
+    }
+
+    /// Removes everything that a guest has referred to.
+    pub(crate) fn clear(&mut self) {
+        for slot in self.pinned..self.slots.len() {
+            let node = &mut self.slots[slot];
+            if node.used {
+                node.used = false;
+                node.name = Box::default();
+                node.parent = None;
+                node.generation = node.generation.wrapping_add(1);
+                node.next = self.free;
+                self.free = u32::try_from(slot).unwrap_or(NONE);
+            }
+        }
+        for node in &mut self.slots[..self.pinned] {
+            node.children = 0;
+        }
+        self.buckets = vec![NONE; 16];
+        self.used = 0;
+    }
+
+    /// Returns the nodes from the one below a share's root down to `index`; none for the
+    /// root of a share.
+    ///
+    /// # Errors
+    /// `ESTALE` if the place of one of them is not known.
+    pub(crate) fn path(&self, index: NodeIndex) -> Result<Vec<NodeIndex>, Errno> {
+        let mut path = Vec::new();
+        let mut at = index;
+        while !self.is_pinned(at) {
+            path.push(at);
+            at = self.get(at)?.parent.ok_or(Errno::STALE)?;
+        }
+        path.reverse();
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(inode: u64) -> Identity {
+        Identity {
+            device: 1,
+            inode,
+            born: 0,
+            kind: crate::abi::linux::S_IFDIR,
+        }
+    }
+
+    fn table(max: u32) -> (Nodes, NodeIndex) {
+        (Nodes::new(&[identity(0)], max), NodeIndex::of_share(0))
+    }
+
+    fn names(nodes: &Nodes, index: NodeIndex) -> Result<String, Errno> {
+        let path = nodes.path(index)?;
+        let names = path
+            .iter()
+            .map(|step| nodes.get(*step).map(|node| node.name().to_owned()));
+        let names: Result<Vec<_>, _> = names.collect();
+        Ok(names?
+            .iter()
+            .map(|name| name.to_str().unwrap())
+            .collect::<Vec<_>>()
+            .join("/"))
+    }
+
+    #[test]
+    fn numbers_are_never_used_again() {
+        let (mut nodes, share) = table(10);
+        assert_eq!(nodes.id(NodeIndex::ROOT), 1);
+        assert_eq!(nodes.find(2), Ok(share));
+        let first = nodes.seen(share, b"a", identity(1)).unwrap();
+        let id = nodes.id(first);
+        assert_eq!(nodes.seen(share, b"b", identity(1)), Ok(first));
+        assert!(!nodes.forget(first, 1));
+        assert!(nodes.forget(first, u64::MAX));
+        assert_eq!(nodes.find(id), Err(Errno::STALE));
+        let second = nodes.seen(share, b"c", identity(2)).unwrap();
+        assert_ne!(nodes.id(second), id);
+        for wrong in [0, 99, u64::MAX, 1 << 32 | 1, id] {
+            assert_eq!(nodes.find(wrong), Err(Errno::STALE), "{wrong}");
+        }
+        assert!(!nodes.forget(share, u64::MAX));
+        assert_eq!(nodes.find(2), Ok(share));
+    }
+
+    #[test]
+    fn directories_remain_as_long_as_their_entries() {
+        let (mut nodes, share) = table(10);
+        let a = nodes.seen(share, b"a", identity(1)).unwrap();
+        let b = nodes.seen(a, b"b", identity(2)).unwrap();
+        let c = nodes.seen(b, b"c", identity(3)).unwrap();
+        assert_eq!(names(&nodes, c).unwrap(), "a/b/c");
+        assert!(!nodes.forget(a, 1));
+        assert!(!nodes.forget(b, 1));
+        assert_eq!(names(&nodes, c).unwrap(), "a/b/c");
+        assert!(nodes.forget(c, 1));
+        assert_eq!(nodes.len(), 0);
+    }
+
+    #[test]
+    fn directories_that_trade_places_form_no_circle() {
+        let (mut nodes, share) = table(10);
+        let a = nodes.seen(share, b"a", identity(1)).unwrap();
+        let b = nodes.seen(a, b"b", identity(2)).unwrap();
+        let c = nodes.seen(b, b"c", identity(3)).unwrap();
+        // The host moves `a` into `c`, which it has moved elsewhere before.
+        nodes.seen(c, b"a", identity(1)).unwrap();
+        assert_eq!(nodes.path(a), Err(Errno::STALE));
+        // As soon as `b` is seen where it is, all have paths again.
+        nodes.seen(share, b"b", identity(2)).unwrap();
+        assert_eq!(names(&nodes, a).unwrap(), "b/c/a");
+        assert_eq!(nodes.seen(a, b"x", identity(1)), Err(Errno::LOOP));
+        nodes.moved(a, b"x", identity(1));
+        assert_eq!(names(&nodes, a).unwrap(), "b/c/a");
+    }
+
+    /// Any sequence of operations leaves a tree, and a table that is empty in the end.
+    #[test]
+    fn any_sequence_leaves_a_tree() {
+        let mut random = 1u64;
+        let mut next = |below: u64| {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (random >> 33) % below
+        };
+        let (mut nodes, share) = table(40);
+        let mut known: Vec<(NodeIndex, u64)> = Vec::new();
+        for step in 0..200_000 {
+            let parent = match known.len() as u64 {
+                0 => share,
+                len => match known.get(usize::try_from(next(len + 1)).unwrap()) {
+                    Some((index, _)) => *index,
+                    None => share,
+                },
+            };
+            let inode = identity(1 + next(60));
+            match next(4) {
+                0 | 1 => match nodes.seen(parent, &[b'a'; 3], inode) {
+                    Ok(index) => known.push((index, nodes.id(index))),
+                    Err(errno) => assert!(matches!(errno, Errno::NFILE | Errno::LOOP)),
+                },
+                2 => nodes.moved(parent, b"moved", inode),
+                _ if known.is_empty() => {}
+                _ => {
+                    let at = usize::try_from(next(known.len() as u64)).unwrap();
+                    let (index, id) = known.swap_remove(at);
+                    assert_eq!(nodes.find(id), Ok(index), "step {step}");
+                    nodes.forget(index, 1);
+                }
+            }
+            if let Some((index, _)) = known.last() {
+                // Ends, or the test does not.
+                let _ = nodes.path(*index);
+            }
+        }
+        for (index, _) in known.drain(..) {
+            nodes.forget(index, 1);
+        }
+        assert_eq!(nodes.len(), 0);
+        assert!(nodes.buckets.iter().all(|first| *first == NONE));
+        assert!(nodes.slots.iter().all(|node| node.children == 0));
+    }
+}
