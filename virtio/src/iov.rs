@@ -351,23 +351,96 @@ pub fn write_all_at(
     mut offset: u64,
 ) -> io::Result<()> {
     while !window.is_empty() {
-        let buffers = Buffers::new(memory, window.spans())?;
-        let at = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: as in `receive`.
-        let written =
-            result(unsafe { libc::pwritev(fd.as_raw_fd(), buffers.as_ptr(), buffers.count(), at) });
-        match written {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                let written = u32::try_from(written).map_err(io::Error::other)?;
+        match write_at(memory, window, fd, Some(offset))? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => {
                 window.advance(written);
                 offset += u64::from(written);
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// Reads from `offset` of a file into `window` until it is full or the file ends; returns the
+/// number of bytes.
+///
+/// # Errors
+/// The operating system's error, if nothing was read; `EFAULT` for spans outside guest
+/// memory.
+pub fn read_at(
+    memory: &GuestMemory,
+    mut window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    mut offset: u64,
+) -> io::Result<u32> {
+    let mut done = 0;
+    while !window.is_empty() {
+        match pread(memory, window, fd, offset, false) {
+            Ok(0) => break,
+            Ok(read) => {
+                window.advance(read);
+                offset += u64::from(read);
+                done += read;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes `window` to a file from `offset` on, or to its end if there is none; returns the
+/// number of bytes, which is less than all only if the operating system stores no more.
+///
+/// # Errors
+/// The operating system's error, if nothing was written; `EFAULT` for spans outside guest
+/// memory.
+pub fn write_at(
+    memory: &GuestMemory,
+    mut window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    offset: Option<u64>,
+) -> io::Result<u32> {
+    let mut done = 0;
+    while !window.is_empty() {
+        let at = offset.map_or(0, |offset| offset.saturating_add(done.into()));
+        let flags = if offset.is_none() {
+            libc::RWF_APPEND
+        } else {
+            0
+        };
+        match pwrite(memory, window, fd, at, flags) {
+            Ok(0) => break,
+            Ok(written) => {
+                window.advance(written);
+                done += written;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Writes to `offset` of a file, as much as one call stores.
+fn pwrite(
+    memory: &GuestMemory,
+    window: Window<'_>,
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    flags: libc::c_int,
+) -> io::Result<u32> {
+    let buffers = Buffers::new(memory, window.spans())?;
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: as in `receive`.
+    let written = result(unsafe {
+        let (fd, iov) = (fd.as_raw_fd(), buffers.as_ptr());
+        libc::pwritev2(fd, iov, buffers.count(), offset, flags)
+    })?;
+    u32::try_from(written).map_err(io::Error::other)
 }
 
 /// Removes the first `count` bytes of `spans`, in place.
@@ -390,121 +463,4 @@ pub fn advance(spans: &mut Vec<Span>, count: usize) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsFd as _;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        /// A window contains the bytes of its spans, cut at both ends.
-        #[test]
-        fn a_window_is_a_run_of_bytes(
-            lens in prop::collection::vec(0u32..9, 0..6),
-            skip in 0u32..40,
-            len in 0u32..40,
-            step in 0u32..40,
-        ) {
-            let mut next = 0;
-            let mut all = Vec::new();
-            let spans: Vec<Span> = lens
-                .into_iter()
-                .map(|len| {
-                    next += 1000;
-                    all.extend((0..u64::from(len)).map(|i| next + i));
-                    Span { address: GuestAddress(next), len }
-                })
-                .collect();
-            let bytes = |window: Window<'_>| -> Vec<u64> {
-                let runs = window.spans();
-                runs.flat_map(|s| (0..u64::from(s.len)).map(move |i| s.address.0 + i))
-                    .collect()
-            };
-            let mut window = Window::new(&spans, skip, len);
-            let expected: Vec<u64> =
-                all.into_iter().skip(skip as usize).take(len as usize).collect();
-            prop_assert_eq!(window.len() as usize, expected.len());
-            prop_assert_eq!(&bytes(window), &expected);
-            window.advance(step);
-            let rest = expected.get(step as usize..).unwrap_or_default();
-            prop_assert_eq!(bytes(window), rest);
-        }
-    }
-
-    fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
-    }
-
-    /// Returns `count` empty spans, then one of `len` bytes at `address`.
-    fn after_empty(count: usize, address: u64, len: u32) -> Vec<Span> {
-        let span = |address, len| Span {
-            address: GuestAddress(address),
-            len,
-        };
-        let mut spans = vec![span(0, 0); count];
-        spans.push(span(address, len));
-        spans
-    }
-
-    #[test]
-    fn empty_buffers_are_not_the_end_of_a_file() {
-        use std::io::Write as _;
-        let memory = memory();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"contents").unwrap();
-        let spans = after_empty(MAX_SPANS + 3, 4096, 8);
-        read_exact_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 0).unwrap();
-        let mut seen = [0; 8];
-        memory.read_slice(&mut seen, GuestAddress(4096)).unwrap();
-        assert_eq!(&seen, b"contents");
-        write_all_at(&memory, Window::new(&spans, 0, 8), file.as_fd(), 8).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 16);
-    }
-
-    /// A read of 0 bytes before the end that the caller knows: the result of a kernel with
-    /// the `RWF_NOWAIT` bug for a page that is not cached.
-    #[test]
-    fn a_read_of_zero_bytes_is_not_cached_data() {
-        use std::io::Write as _;
-        let memory = memory();
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(b"cont").unwrap();
-        let spans = after_empty(0, 4096, 8);
-        let window = Window::new(&spans, 0, 8);
-        memory.write_slice(b"........", GuestAddress(4096)).unwrap();
-        assert!(!read_cached_at(&memory, window, file.as_fd(), 0).unwrap());
-        let error = read_exact_at(&memory, window, file.as_fd(), 0).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        let mut seen = [0; 8];
-        memory.read_slice(&mut seen, GuestAddress(4096)).unwrap();
-        assert_eq!(&seen, b"cont....");
-    }
-
-    #[test]
-    fn a_closed_peer_is_an_error_and_no_signal() {
-        use std::os::unix::net::UnixStream;
-        let memory = memory();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let spans = after_empty(MAX_SPANS, 4096, 8);
-        assert_eq!(send(&memory, &spans, ours.as_fd()).unwrap(), 8);
-        let received = receive(&memory, &spans, theirs.as_fd()).unwrap();
-        assert_eq!((received.len, received.stopped), (8, false));
-        drop(theirs);
-        // A blocked signal stays pending, even if it is ignored.
-        let pending = || {
-            // SAFETY: signal sets are plain data, written before they are read.
-            unsafe {
-                let mut set: libc::sigset_t = std::mem::zeroed();
-                libc::sigaddset(&raw mut set, libc::SIGPIPE);
-                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-                libc::sigpending(&raw mut set);
-                libc::sigismember(&raw const set, libc::SIGPIPE) == 1
-            }
-        };
-        assert!(!pending());
-        let error = send(&memory, &spans, ours.as_fd()).unwrap_err();
-        assert!(!pending());
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-    }
-}
+mod tests;
