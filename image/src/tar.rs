@@ -156,8 +156,8 @@ impl<R: Read> Reader<R> {
                     extended = Extended::default();
                     (long_path, long_link) = (None, None);
                 }
-                b'L' => long_path = Some(until_nul(&self.read_small(size)?)),
-                b'K' => long_link = Some(until_nul(&self.read_small(size)?)),
+                b'L' => long_path = Some(until_nul(&self.read_small(size)?).to_vec()),
+                b'K' => long_link = Some(until_nul(&self.read_small(size)?).to_vec()),
                 kind => {
                     let long = |name: &Vec<u8>| !name.is_empty();
                     extended.path = long_path.filter(long).or(extended.path);
@@ -201,20 +201,23 @@ impl<R: Read> Reader<R> {
             .take()
             .or(extended.path.take())
             .unwrap_or_else(|| ustar_path(block));
-        self.entry_of(block, kind, size, extended, path.clone())
-            .map_err(|error| TarError {
+        match self.entry_of(block, kind, size, extended, &path) {
+            Ok(header) => Ok(Header { path, ..header }),
+            Err(error) => Err(TarError {
                 entry: Some(path),
                 ..error
-            })
+            }),
+        }
     }
 
+    /// Returns the header of the entry `path`, without the path itself.
     fn entry_of(
         &mut self,
         block: &[u8; BLOCK],
         kind: u8,
         size: u64,
         extended: Extended,
-        path: Vec<u8>,
+        path: &[u8],
     ) -> Result<Header, TarError> {
         if path.len() > MAX_PATH {
             return Err(invalid("its path is longer than 4095 bytes"));
@@ -225,7 +228,7 @@ impl<R: Read> Reader<R> {
         };
         let mode = small(field(block, 100, 8))? & 0o7777;
         let mut header = Header {
-            kind: read_kind(block, kind, &path, &extended)?,
+            kind: read_kind(block, kind, path, &extended)?,
             mode: u16::try_from(mode).unwrap_or(0),
             uid: extended
                 .uid
@@ -237,7 +240,7 @@ impl<R: Read> Reader<R> {
             size: 0,
             sparse: None,
             xattrs: by_name(extended.xattrs),
-            path,
+            path: Vec::new(),
         };
         // Only files have data, even if the size of another entry is not 0.
         let data = match header.kind {
@@ -335,7 +338,7 @@ impl<R: Read> Reader<R> {
             };
         }
         let stated = number(field(&block, 148, 8))?;
-        if !checksums(&block).contains(&stated) {
+        if !has_checksum(&block, stated) {
             return Err(invalid(
                 "a header's checksum is wrong: it is not a tar archive",
             ));
@@ -411,21 +414,18 @@ fn is_zero(block: &[u8]) -> bool {
     block.iter().all(|byte| *byte == 0)
 }
 
-/// Returns the valid checksums of a header: the sums of unsigned and of signed bytes,
-/// which old writers use. The checksum field itself counts as spaces.
-fn checksums(block: &[u8; BLOCK]) -> [u64; 2] {
-    let (mut unsigned, mut signed) = (0u64, 0i64);
-    for (at, byte) in block.iter().enumerate() {
-        let byte = if (148..156).contains(&at) {
-            b' '
-        } else {
-            *byte
-        };
-        unsigned += u64::from(byte);
-        signed += i64::from(byte.cast_signed());
+/// Returns true if `stated` is the checksum of a header: the sum of its bytes, of which the
+/// checksum's own count as spaces. Old writers add up signed bytes.
+fn has_checksum(block: &[u8; BLOCK], stated: u64) -> bool {
+    fn total(block: &[u8; BLOCK], of: impl Fn(u8) -> u32) -> u64 {
+        let others = [field(block, 0, 148), field(block, 156, BLOCK - 156)];
+        let sum = |bytes: &[u8]| bytes.iter().map(|byte| of(*byte)).sum::<u32>();
+        others.map(|bytes| u64::from(sum(bytes))).iter().sum()
     }
-    // A negative sum cannot be represented.
-    [unsigned, u64::try_from(signed).unwrap_or(unsigned)]
+    let unsigned = total(block, u32::from) + 8 * u64::from(b' ');
+    // A byte above 127 counts 256 less if it is signed. A negative sum cannot be stated.
+    let signed = || unsigned.checked_sub(256 * total(block, |byte| u32::from(byte >> 7)));
+    unsigned == stated || signed() == Some(stated)
 }
 
 fn check_device(major: u32, minor: u32) -> Result<(), TarError> {
@@ -465,7 +465,7 @@ fn read_kind(
         let link = extended
             .link
             .clone()
-            .unwrap_or_else(|| until_nul(field(block, 157, 100)));
+            .unwrap_or_else(|| until_nul(field(block, 157, 100)).to_vec());
         match link.len() > MAX_PATH {
             true => Err(invalid("its link target is longer than 4095 bytes")),
             false => Ok(link),
@@ -497,12 +497,10 @@ fn field(block: &[u8; BLOCK], start: usize, len: usize) -> &[u8] {
     block.get(start..start + len).unwrap_or_default()
 }
 
-fn until_nul(bytes: &[u8]) -> Vec<u8> {
-    bytes
-        .split(|byte| *byte == 0)
-        .next()
-        .unwrap_or_default()
-        .to_vec()
+/// Returns the bytes before the first zero byte.
+fn until_nul(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().position(|byte| *byte == 0);
+    bytes.get(..end.unwrap_or(bytes.len())).unwrap_or_default()
 }
 
 /// Returns the path with its prefix, which only POSIX ustar has; GNU stores times there.
@@ -510,9 +508,9 @@ fn ustar_path(block: &[u8; BLOCK]) -> Vec<u8> {
     let name = until_nul(field(block, 0, 100));
     let prefix = until_nul(field(block, 345, 155));
     if field(block, 257, 6) == b"ustar\0" && !prefix.is_empty() {
-        [prefix, b"/".to_vec(), name].concat()
+        [prefix, b"/", name].concat()
     } else {
-        name
+        name.to_vec()
     }
 }
 

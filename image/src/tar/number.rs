@@ -2,6 +2,11 @@
 
 use super::{BLOCK, TarError, field, invalid, until_nul};
 
+/// Offset and length of numbers that each header has: mode, owner, group, size, time.
+const FIELDS: [(usize, usize); 5] = [(100, 8), (108, 8), (116, 8), (124, 12), (136, 12)];
+/// Device numbers, which headers before POSIX do not have.
+const DEVICES: [(usize, usize); 2] = [(329, 8), (337, 8)];
+
 pub(super) fn small(bytes: &[u8]) -> Result<u32, TarError> {
     u32::try_from(number(bytes)?).map_err(|_| invalid("a number is out of range"))
 }
@@ -33,22 +38,30 @@ pub(super) fn number(bytes: &[u8]) -> Result<u64, TarError> {
             }
             Ok(value)
         }
-        _ => {
-            let is_filler = |byte: &u8| matches!(byte, b' ' | 0);
-            let begin = bytes.iter().position(|byte| !is_filler(byte));
-            let digits = bytes.get(begin.unwrap_or(bytes.len())..);
-            // The text ends at the first zero byte, like a C string.
-            let digits = until_nul(digits.unwrap_or_default());
-            let digits = digits.trim_ascii_end();
-            if !digits.iter().all(|byte| matches!(byte, b'0'..=b'7')) {
-                return Err(malformed());
-            }
-            digits.iter().try_fold(0u64, |value, digit| {
-                let value = value.checked_mul(8).ok_or_else(malformed)?;
-                Ok(value | u64::from(digit - b'0'))
-            })
-        }
+        _ => octal(bytes),
     }
+}
+
+/// Parses octal digits, which fillers may precede and white space may follow. Nothing is
+/// allocated: a header has up to seven numbers.
+fn octal(bytes: &[u8]) -> Result<u64, TarError> {
+    let begin = bytes.iter().position(|byte| !matches!(byte, b' ' | 0));
+    let text = bytes.get(begin.unwrap_or(bytes.len())..);
+    // The text ends at the first zero byte, like a C string.
+    let text = until_nul(text.unwrap_or_default());
+    let mut value = 0u64;
+    for (at, byte) in text.iter().enumerate() {
+        if !matches!(byte, b'0'..=b'7') {
+            let rest = text.get(at..).unwrap_or_default();
+            return match rest.trim_ascii_end() {
+                b"" => Ok(value),
+                _ => Err(malformed()),
+            };
+        }
+        let shifted = value.checked_mul(8).ok_or_else(malformed)?;
+        value = shifted | u64::from(byte - b'0');
+    }
+    Ok(value)
 }
 
 fn malformed() -> TarError {
@@ -58,16 +71,12 @@ fn malformed() -> TarError {
 /// Checks that all numbers in a header are valid, including unused ones, as Go's reader
 /// does. An invalid number indicates damage, or a block that is not a header.
 pub(super) fn check(block: &[u8; BLOCK]) -> Result<(), TarError> {
-    // Mode, owner, group, size, time.
-    let mut fields = vec![(100, 8), (108, 8), (116, 8), (124, 12), (136, 12)];
-    // Headers before POSIX have no device numbers.
-    if matches!(
+    let has_devices = matches!(
         field(block, 257, 8),
         [b'u', b's', b't', b'a', b'r', 0, ..] | b"ustar  \0"
-    ) {
-        fields.extend([(329, 8), (337, 8)]);
-    }
-    for (start, len) in fields {
+    );
+    let devices: &[_] = if has_devices { &DEVICES } else { &[] };
+    for &(start, len) in FIELDS.iter().chain(devices) {
         signed(field(block, start, len))?;
     }
     Ok(())
