@@ -56,9 +56,9 @@ struct Active {
 enum Pause {
     /// No work is left.
     Idle,
-    /// It waits for receive buffers of the guest.
+    /// Packets wait for receive buffers of the guest.
     Buffers,
-    /// Its budget is used up.
+    /// The budget of the turn is used up.
     Budget,
 }
 

@@ -273,10 +273,7 @@ impl World {
         }
         let id = stream.guest;
         if self.guest.is_refused(id) {
-            assert!(
-                stream.to_host.unwanted,
-                "the guest is told that nobody reads"
-            );
+            assert!(stream.to_host.unwanted, "the guest knows that nobody reads");
             return;
         }
         let data = bytes(i, 1, stream.to_host.written, len);

@@ -27,7 +27,7 @@ pub(super) enum Target {
     Handler(HandlerId, u64),
 }
 
-/// What the loop waits for.
+/// A descriptor or timer that the loop waits for.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     target: Target,

@@ -335,7 +335,7 @@ impl Inner {
         }
     }
 
-    /// Removes what a handler dropped while it was registered.
+    /// Removes the descriptors that a handler dropped while they were registered.
     fn reclaim(&mut self, id: HandlerId) {
         let reclaimed = self
             .handlers

@@ -14,9 +14,9 @@ pub enum OpenErrorKind {
     Missing,
     /// This user or this program has no permission to use it.
     Permission,
-    /// It lacks something that guests need.
+    /// The hypervisor lacks something that guests need.
     Unsupported,
-    /// The system failed otherwise.
+    /// A system call failed for another reason.
     Io,
 }
 

@@ -14,7 +14,7 @@ use sm_vmm_core::memory::MachineMemory;
 pub(crate) struct Prefetch {
     /// The snapshot, if it has no record yet.
     missing: Option<String>,
-    /// Pages that were copied because earlier machines wrote to them.
+    /// Pages that this process copies in advance, because earlier machines wrote to them.
     copied: Vec<Run>,
 }
 

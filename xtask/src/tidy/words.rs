@@ -140,7 +140,7 @@ fn count(files: &[RepositoryFile]) -> BTreeMap<&str, WordCounts> {
                         text.push(' ');
                         text.push_str(line);
                     }
-                    // A phrase does not go on in the next comment.
+                    // A phrase does not continue in the next comment.
                     None => text.push('\n'),
                 }
             }
@@ -150,7 +150,7 @@ fn count(files: &[RepositoryFile]) -> BTreeMap<&str, WordCounts> {
     counts
 }
 
-/// The text of a line that is a comment.
+/// Returns the text of a comment line.
 fn comment(line: &str) -> Option<&str> {
     let text = line.trim_start().strip_prefix("//")?;
     let text = text.strip_prefix(['/', '!']).unwrap_or(text);

@@ -39,8 +39,8 @@ impl Contest {
         }
     }
 
-    /// Runs all subjects, each in an empty directory; also returns their peak memory, as
-    /// sentences.
+    /// Runs all subjects, each in an empty directory. Also returns a sentence about the peak
+    /// memory of the first one.
     pub(crate) fn run(
         &self,
         title: &str,

@@ -82,7 +82,8 @@ fn parameters(text: &str) -> (BTreeMap<String, String>, &str) {
     }
 }
 
-/// Parses a quoted string and returns its value and the rest.
+/// Parses a quoted string after its opening quote, and returns its value and the text after
+/// the closing quote.
 fn unquoted(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut characters = text.char_indices();
