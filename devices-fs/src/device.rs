@@ -3,13 +3,14 @@
 use std::mem;
 
 use sm_event_loop::{Readiness, Registry};
-use sm_fs_server::{FsConfig, FsCounts, Server, ShareError};
+use sm_fs_server::{FsConfig, FsCounts, FsStateV1, Server, ShareError};
 use sm_virtio::queue::Queue;
 use sm_virtio::{ActivateError, Activation, CannotSave, DevicePayload, VirtioDevice};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::saved::{MAX_LEN, decode, encode};
 use crate::service::{Running, Service};
 
 /// Kind of the device in saved state.
@@ -237,23 +238,54 @@ impl VirtioDevice for Fs {
             State::Running(_) => return Err(refused("requests are in execution")),
             State::Lost => return Err(refused("its thread has panicked")),
         };
-        if server.is_mounted() {
-            return Err(refused("the guest has mounted shared directories"));
+        let bytes = server.save().map_or_else(Vec::new, |state| encode(&state));
+        if bytes.len() > MAX_LEN {
+            return Err(refused("the guest knows too many files"));
         }
         Ok(DevicePayload {
             kind: KIND.to_owned(),
             version: STATE_VERSION,
-            bytes: Vec::new(),
+            bytes,
         })
     }
 
     fn check(&self, payload: &DevicePayload) -> Result<(), ActivateError> {
         payload.expect(KIND, STATE_VERSION)?;
-        payload.expect_empty()
+        session(payload).map(drop)
     }
 
     fn restore(&mut self, payload: &DevicePayload) -> Result<(), ActivateError> {
-        self.check(payload)
+        payload.expect(KIND, STATE_VERSION)?;
+        let session = session(payload)?;
+        let server = match &mut self.state {
+            State::Inactive(server) => server,
+            _ => return Err(unfit(payload, "the device is in use".to_owned())),
+        };
+        server.reset();
+        match session {
+            Some(state) => server
+                .restore(&state)
+                .map_err(|error| unfit(payload, error.to_string())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Decodes the session of a payload, if there is one.
+fn session(payload: &DevicePayload) -> Result<Option<FsStateV1>, ActivateError> {
+    if payload.bytes.is_empty() {
+        return Ok(None);
+    }
+    match decode(&payload.bytes) {
+        Some(state) => Ok(Some(state)),
+        None => Err(unfit(payload, "it is malformed".to_owned())),
+    }
+}
+
+fn unfit(payload: &DevicePayload, reason: String) -> ActivateError {
+    ActivateError::Payload {
+        kind: payload.kind.clone(),
+        reason,
     }
 }
 

@@ -8,6 +8,7 @@
 //! | module | idea |
 //! |---|---|
 //! | `device` | the device behind its transport |
+//! | `saved` | the bytes of its saved state |
 //! | `service` | the thread that takes requests from the queues |
 //! | `worker` | threads for requests that take long |
 //! | `buffers` | a descriptor chain as the buffers of a request |
@@ -19,6 +20,7 @@ struct Readme;
 
 mod buffers;
 mod device;
+mod saved;
 mod service;
 mod worker;
 

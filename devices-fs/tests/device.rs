@@ -342,3 +342,43 @@ fn chains_without_space_or_request_are_returned() {
     assert_eq!(guest.driver.wait_used(&mut guest.queues[1]), (head, 16));
     guest.memory.write_obj(0u8, GuestAddress(REQUEST)).unwrap();
 }
+
+#[test]
+fn a_session_goes_on_after_a_restore() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("f"), "contents").unwrap();
+    let (mut guest, share) = Guest::mounted(folder.path());
+    let file = guest.lookup(share, "f").unwrap();
+    let handle = guest.open(file);
+    guest.driver.transport.quiesce().unwrap();
+    let state = guest.driver.transport.save().unwrap();
+    assert!(!state.device.bytes.is_empty());
+
+    // Another machine with a copy of the memory, and the same share.
+    let mut clone = Guest::new(config(folder.path()));
+    let mut bytes = vec![0; MEMORY];
+    guest
+        .memory
+        .read_slice(&mut bytes, GuestAddress(0))
+        .unwrap();
+    clone.memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+    clone.driver.transport.restore(&state).unwrap();
+    let queues = guest.queues.drain(..);
+    clone.queues = queues
+        .map(|queue| queue.moved_to(clone.memory.clone()))
+        .collect();
+    clone.unique = guest.unique;
+    let read = clone.call(opcode::READ, file, &[&read_args(handle, 0, 100)]);
+    assert_eq!(read.unwrap(), b"contents");
+    assert_eq!(clone.lookup(share, "f"), Ok(file));
+
+    // In place, on the device in use.
+    clone.driver.transport.quiesce().unwrap();
+    clone.driver.transport.restore(&state).unwrap();
+    // A machine without the share cannot go on.
+    let other = Guest::new(FsConfig::default());
+    assert!(other.driver.transport.restore(&state).is_err());
+    let mut wrong = state.clone();
+    wrong.device.bytes.pop();
+    assert!(clone.driver.transport.restore(&wrong).is_err());
+}

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::directories::Directory;
+use crate::saved::{FsStateError, HandleStateV1};
 
 /// An open file or directory.
 #[derive(Clone, Debug)]
@@ -15,6 +16,8 @@ pub(crate) enum Handle {
     File { file: Arc<OwnedFd>, writable: bool },
     /// A directory; none for a synthetic one.
     Directory(Option<Arc<Directory>>),
+    /// One of a restored session that could not be opened again.
+    Lost,
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +108,7 @@ impl Handles {
         match self.get(number, node)? {
             Handle::File { file, .. } => Ok(file),
             Handle::Directory(_) => Err(Errno::BADF),
+            Handle::Lost => Err(Errno::IO),
         }
     }
 
@@ -118,6 +122,7 @@ impl Handles {
                 file,
                 writable: true,
             } => Ok(file),
+            Handle::Lost => Err(Errno::IO),
             _ => Err(Errno::BADF),
         }
     }
@@ -151,6 +156,79 @@ impl Handles {
             }
         }
         Ok(())
+    }
+
+    /// Returns all handles: number, number of the node, and what is open.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u64, &Handle)> {
+        (0u64..).zip(&self.slots).filter_map(|(at, slot)| {
+            let (node, handle) = slot.open.as_ref()?;
+            Some((u64::from(slot.generation) << 32 | at, *node, handle))
+        })
+    }
+
+    /// Adds the handles of a saved session, which are lost until [`Self::replace`].
+    ///
+    /// # Errors
+    /// Too many of them, or two with one number.
+    pub(crate) fn restore(&mut self, saved: &[HandleStateV1]) -> Result<(), FsStateError> {
+        self.clear();
+        self.free.clear();
+        self.slots.clear();
+        if saved.len() > self.max {
+            return Err(FsStateError::TooMany {
+                objects: "handles",
+                count: saved.len(),
+                most: self.max,
+            });
+        }
+        let generations = saved.iter().map(|handle| handle.number >> 32);
+        let newest = generations.max().unwrap_or(0);
+        let unused = u32::try_from(newest + 1).unwrap_or(0);
+        for handle in saved {
+            self.put(handle, unused).ok_or(FsStateError::Malformed {
+                object: "handle",
+                number: handle.number,
+            })?;
+        }
+        let slots = (0..).zip(&self.slots);
+        self.free = slots
+            .filter(|(_, slot)| slot.open.is_none())
+            .map(|(at, _)| at)
+            .collect();
+        Ok(())
+    }
+
+    fn put(&mut self, saved: &HandleStateV1, unused: u32) -> Option<()> {
+        let at = usize::try_from(saved.number & 0xffff_ffff).ok()?;
+        if at >= self.max {
+            return None;
+        }
+        if self.slots.len() <= at {
+            self.slots.resize_with(at + 1, || Slot {
+                generation: unused,
+                open: None,
+            });
+        }
+        let slot = self.slots.get_mut(at)?;
+        if slot.open.is_some() {
+            return None;
+        }
+        slot.generation = u32::try_from(saved.number >> 32).ok()?;
+        slot.open = Some((saved.node, Handle::Lost));
+        Some(())
+    }
+
+    /// Replaces what is open as `number`.
+    pub(crate) fn replace(&mut self, number: u64, handle: Handle) {
+        let Some((at, _)) = self.slot(number) else {
+            return;
+        };
+        if let Some((node, open)) = &mut self.slots[at as usize].open {
+            if matches!(handle, Handle::File { .. }) {
+                self.of_node.entry(*node).or_default().push(at);
+            }
+            *open = handle;
+        }
     }
 
     /// Closes everything.

@@ -11,6 +11,7 @@
 //! | `server` | the operations, one file for each kind |
 //! | `nodes` | inodes that the guest knows, without descriptors |
 //! | `directories` | descriptors of directories, and how they are opened again |
+//! | `saved` | the state of a session |
 //! | `job` | the part of reads, writes and flushes that any thread may perform |
 //! | [`dev_fuse`] | the transport on `/dev/fuse` (feature `dev-fuse`) |
 //! | [`testing`] | requests of a driver (feature `testing`) |
@@ -45,6 +46,7 @@ mod names;
 mod nodes;
 mod reply;
 mod request;
+mod saved;
 mod server;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -55,6 +57,7 @@ pub use config::{
     CacheMode, ChownPolicy, FsConfig, MAX_SHARES, Share, ShareError, ShareOptions, ShareOwner,
 };
 pub use job::Job;
+pub use saved::{FsStateError, FsStateV1, HandleStateV1, NodeStateV1, ShareStateV1};
 pub use server::{FsCounts, Served, Server};
 pub use umask::own_umask;
 

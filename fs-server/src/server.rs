@@ -7,6 +7,7 @@ mod files;
 mod listing;
 mod ownership;
 mod session;
+mod state;
 
 use std::ffi::CString;
 use std::os::fd::AsFd as _;
@@ -26,6 +27,7 @@ use crate::job::{Job, Task};
 use crate::nodes::{NodeIndex, Nodes};
 use crate::reply;
 use crate::request::{Caller, FORGETS_AT, Operation, RequestError, parse};
+use crate::saved::HandleStateV1;
 
 /// A request that has been served, or the rest of it.
 #[derive(Debug)]
@@ -92,6 +94,8 @@ pub struct Server {
     directories: Directories,
     handles: Handles,
     session: Option<Session>,
+    /// Handles of a restored session, which are opened with the first request.
+    pending: Vec<HandleStateV1>,
     /// Body of the request.
     scratch: Vec<u8>,
     /// Body of the reply.
@@ -136,6 +140,7 @@ impl Server {
             shares,
             user,
             session: None,
+            pending: Vec::new(),
             scratch: Vec::new(),
             reply: Vec::new(),
             listed: Vec::new(),
@@ -160,6 +165,9 @@ impl Server {
 
     /// Serves one request. The reply may have to be completed by a [`Job`].
     pub fn serve(&mut self, buffers: &mut impl Buffers) -> Served {
+        if !self.pending.is_empty() {
+            self.open_pending();
+        }
         let mut scratch = std::mem::take(&mut self.scratch);
         let extended = self
             .session

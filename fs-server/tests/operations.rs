@@ -543,28 +543,3 @@ fn exclusive_shares_are_valid_for_a_day() {
     let absent = exclusive.lookup(share, "g").unwrap();
     assert_eq!((absent.node, absent.valid), (0, 86_400));
 }
-
-#[test]
-fn sessions_start_and_end() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut driver = FuseDriver::new(common::server(folder.path(), ShareOptions::default()));
-    assert_eq!(driver.lookup(ROOT, "s"), Err(err(Errno::IO)));
-    let old = [7u32, 30, 0, 0].map(u32::to_le_bytes).concat();
-    assert_eq!(
-        driver.call(opcode::INIT, 0, &[&old]),
-        Err(err(Errno::PROTO))
-    );
-    let newer = [8u32, 1, 0, 0].map(u32::to_le_bytes).concat();
-    let reply = driver.call(opcode::INIT, 0, &[&newer]).unwrap();
-    assert_eq!(reply[..4], 7u32.to_le_bytes());
-    assert!(!driver.server.is_mounted());
-    let body = sm_fs_server::testing::init_body();
-    driver.call(opcode::INIT, 0, &[&body]).unwrap();
-    assert!(driver.server.is_mounted());
-    let share = driver.walk("s").unwrap().node;
-    let (file, _) = driver.create(share, "f", 0o644).unwrap();
-    driver.call(opcode::DESTROY, 0, &[]).unwrap();
-    assert_eq!(driver.server.counts(), sm_fs_server::FsCounts::default());
-    driver.call(opcode::INIT, 0, &[&body]).unwrap();
-    assert_eq!(driver.getattr(file.node), Err(err(Errno::STALE)));
-}

@@ -188,6 +188,7 @@ impl Server {
             ))),
             Handle::Directory(None) => Ok(Answer::Empty),
             Handle::File { .. } => Err(Errno::BADF),
+            Handle::Lost => Err(Errno::IO),
         }
     }
 

@@ -62,6 +62,7 @@ impl Server {
         let directory = match self.handles.get(args.fh, self.nodes.id(node))? {
             Handle::Directory(directory) => directory.clone(),
             Handle::File { .. } => return Err(Errno::NOTDIR),
+            Handle::Lost => return Err(Errno::IO),
         };
         match directory {
             Some(directory) => self.list(node, &directory, args.offset, plus, space)?,

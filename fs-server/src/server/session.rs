@@ -38,6 +38,15 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// Returns a session with flags that were negotiated before.
+    pub(super) fn restored(flags: u64) -> Self {
+        Self { flags }
+    }
+
+    pub(super) fn flags(self) -> u64 {
+        self.flags
+    }
+
     pub(super) fn has_setxattr_ext(self) -> bool {
         self.flags & init::SETXATTR_EXT != 0
     }
@@ -102,6 +111,7 @@ impl Server {
     /// Releases everything that the guest has referred to.
     pub(super) fn end_session(&mut self) {
         self.session = None;
+        self.pending.clear();
         self.handles.clear();
         self.directories.clear();
         self.nodes.clear();
