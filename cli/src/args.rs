@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand};
 
 mod image;
+mod life;
 mod run;
 mod snapshot;
 
@@ -10,7 +11,8 @@ pub(crate) use image::{
     HistoryArgs, ImageCommand, ImageNames, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, PullArgs,
     PushArgs, RmiArgs, SaveArgs, TagArgs, VerifyArgs,
 };
-pub(crate) use run::{ExecArgs, Pull, RunArgs};
+pub(crate) use life::{EventsArgs, LifeArgs, RenameArgs, RestartArgs, StartArgs, UpdateArgs};
+pub(crate) use run::{CreateArgs, ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 
 /// Help of an image argument.
@@ -48,6 +50,12 @@ impl Cli {
 pub(crate) enum Command {
     /// Run a command in a new VM
     Run(Box<RunArgs>),
+    /// Create a VM without starting it
+    Create(Box<CreateArgs>),
+    /// Start VMs that were created or have ended
+    Start(StartArgs),
+    /// Stop VMs, and start them
+    Restart(RestartArgs),
     /// Run a command in a running VM
     Exec(ExecArgs),
     /// Attach to a running VM's workload
@@ -68,10 +76,16 @@ pub(crate) enum Command {
     Unpause(VmArgs),
     /// Wait until VMs have ended, and print their exit statuses
     Wait(VmArgs),
+    /// Give a VM another name
+    Rename(RenameArgs),
+    /// Change restart policy, stop timeout and labels of VMs
+    Update(UpdateArgs),
     /// Remove VMs that have ended
     Rm(RmArgs),
     /// Show configuration and state of VMs, as JSON
-    Inspect(VmArgs),
+    Inspect(InspectArgs),
+    /// Show events as they happen, and earlier ones
+    Events(EventsArgs),
     /// Show the resource usage of a running VM
     Stats(StatsArgs),
     /// Manage images in the local store
@@ -136,8 +150,30 @@ pub(crate) struct PsArgs {
     /// Do not shorten IDs and commands
     #[arg(long)]
     pub(crate) no_trunc: bool,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
+    /// Show only VMs that match: ancestor, exited, health, id, label, name, publish, restart
+    /// or status
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// Show the last N VMs that were created, in any state
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) last: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Output format: table, json, or a template such as '{{.Names}}' or
+    /// 'table {{.ID}}\t{{.Status}}'
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub(crate) format: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Print a template for each VM instead, such as '{{.State.Status}}'
+    #[arg(short, long, value_name = "TEMPLATE")]
+    pub(crate) format: Option<String>,
+    /// Names or IDs
+    #[arg(required = true)]
+    pub(crate) vms: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -294,9 +330,9 @@ mod tests {
         let Command::Run(run) = Cli::parse_from(line).command else {
             panic!("run");
         };
-        assert!(run.process.interactive && run.process.tty && run.rm);
-        assert_eq!(run.command, ["sh", "-c", "x", "--rm"]);
-        assert_eq!(run.memory, None);
+        assert!(run.create.process.interactive && run.create.process.tty && run.create.rm);
+        assert_eq!(run.create.command, ["sh", "-c", "x", "--rm"]);
+        assert_eq!(run.create.memory, None);
     }
 
     #[test]
@@ -321,6 +357,6 @@ mod tests {
         let Ok(Command::Run(run)) = parse(&["sm", "run", "-d", "--from", "warm"]) else {
             panic!("run");
         };
-        assert_eq!(run.from.as_deref(), Some("warm"));
+        assert_eq!(run.create.from.as_deref(), Some("warm"));
     }
 }

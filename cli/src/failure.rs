@@ -158,6 +158,9 @@ fn hint_of_refusal(refusal: &Refusal) -> Option<String> {
         Refusal::NoWorkload { .. } => Some(
             "run an image, which uses it by itself, or make a snapshot of a running VM".to_owned(),
         ),
+        Refusal::NoImage { image, .. } => Some(format!(
+            "bring it back with \"sm pull {image}\", if that still names it"
+        )),
         Refusal::UnreadableSnapshot { name, .. } => Some(format!(
             "if that snapshot is not needed any more, remove it with \"sm snapshot rm {name}\""
         )),

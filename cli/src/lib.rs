@@ -7,6 +7,7 @@
 mod args;
 mod commands;
 mod failure;
+mod filter;
 mod moment;
 mod printer;
 mod progress;
@@ -14,6 +15,7 @@ pub mod reference;
 mod shown;
 mod stream;
 mod table;
+mod template;
 mod terminal;
 mod timings;
 mod units;
@@ -80,7 +82,10 @@ fn run(
         }
     };
     log_to_stderr(cli.verbose());
-    let is_run = matches!(cli.command, args::Command::Run(_));
+    let is_run = matches!(
+        cli.command,
+        args::Command::Run(_) | args::Command::Create(_)
+    );
     commands::run(begin, cli, printer).map_err(|failure| match is_run {
         true => {
             let status = failure.status_of_run();

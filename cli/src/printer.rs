@@ -33,6 +33,11 @@ impl Printer {
         let _ = writeln!(io::stdout(), "{}", Shown(text));
     }
 
+    /// Prints a line of a stream; returns false if its reader is gone.
+    pub(crate) fn line_is_read(&self, text: impl Display) -> bool {
+        writeln!(io::stdout(), "{}", Shown(text)).is_ok()
+    }
+
     /// Prints a result as JSON.
     pub(crate) fn json(&self, value: &impl Serialize) -> Result<(), Failure> {
         self.line(shown::json(&serde_json::to_string_pretty(value)?));

@@ -24,15 +24,16 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("\"{text}\" is too large"))
 }
 
-/// Reads a duration: `500ms`, `30s`, `2m`; a number without a unit is in seconds.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("\"{text}\" is not a time: write a number and ms, s or m, such as 30s");
+/// Reads a duration: `500ms`, `30s`, `2m`, `12h`; a number without a unit is in seconds.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("\"{text}\" is not a time: write a number and ms, s, m or h, such as 30s");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let number: u64 = digits.parse().map_err(|_| bad())?;
     let millis = match text.get(digits.len()..).unwrap_or_default() {
         "ms" => Some(number),
         "" | "s" => number.checked_mul(1000),
         "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
         _ => return Err(bad()),
     };
     millis
@@ -118,6 +119,26 @@ pub(crate) fn read_env_file(path: &Path) -> anyhow::Result<Vec<String>> {
         entries.extend(env_entry(line)?);
     }
     Ok(entries)
+}
+
+/// Reads a label: `NAME=VALUE`, or `NAME` for an empty value.
+pub(crate) fn parse_label(text: &str) -> anyhow::Result<(String, String)> {
+    let (name, value) = text.split_once('=').unwrap_or((text, ""));
+    match name.is_empty() {
+        true => bail!("label \"{text}\" has no name: write NAME=VALUE"),
+        false => Ok((name.to_owned(), value.to_owned())),
+    }
+}
+
+/// Reads a file of labels: one in each line, `#` starts a comment line.
+pub(crate) fn read_label_file(path: &Path) -> anyhow::Result<Vec<(String, String)>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read label file {path:?}"))?;
+    let lines = text.lines().map(str::trim_start);
+    lines
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .map(parse_label)
+        .collect()
 }
 
 #[cfg(test)]

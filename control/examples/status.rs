@@ -81,6 +81,9 @@ mod tests {
                 started_ns: 1,
                 clients: 3,
                 published: Vec::new(),
+                restarting: false,
+                restarts: 0,
+                health: None,
             });
             let mut bytes = Vec::new();
             let answer = serde_json::to_vec(&answer).unwrap();

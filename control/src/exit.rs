@@ -75,6 +75,32 @@ pub struct ExitRecord {
     /// Phases of the start that were completed, with their times.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub phases: Vec<Phase>,
+    /// A client asked for the end.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub stopped: bool,
+    /// The VM's process starts another run, as long as it is there.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub restarting: bool,
+    /// Number of restarts by the restart policy before this run, since a client started
+    /// the VM.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde expects"
+)]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde expects"
+)]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 impl ExitRecord {
@@ -104,6 +130,9 @@ impl ExitRecord {
             started_ns: 0,
             peak_rss_kib: None,
             phases: Vec::new(),
+            stopped: false,
+            restarting: false,
+            restarts: 0,
         }
     }
 }

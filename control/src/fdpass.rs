@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::net::{
@@ -15,11 +15,18 @@ use rustix::net::{
 /// # Errors
 /// The stream is closed or its timeout has passed.
 pub fn send(stream: &mut UnixStream, bytes: &[u8], fd: impl AsFd) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    send_all(stream, bytes, &[fd.as_fd()])
+}
+
+/// Sends all of `bytes`, and `fds`, at most four, with the first of them.
+///
+/// # Errors
+/// There are more descriptors, the stream is closed or its timeout has passed.
+pub fn send_all(stream: &mut UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let fds = [fd.as_fd()];
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(io::Error::other("no room for a file descriptor"));
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::other("no room for the file descriptors"));
     }
     let sent = rustix::io::retry_on_intr(|| {
         sendmsg(

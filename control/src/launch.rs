@@ -14,25 +14,9 @@ use thiserror::Error;
 use crate::VERSION;
 use crate::config::LaunchConfig;
 use crate::exit::ExitRecord;
+pub use crate::paging::Paging;
 use crate::publish::PublishedPort;
 use crate::timings::Phase;
-
-/// Loading of guest memory when a VM is restored from a snapshot.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Paging {
-    /// The memory file is mapped and pages are read on first access. Pages that earlier
-    /// VMs used are mapped in advance.
-    #[default]
-    Map,
-    /// The memory file is mapped and read completely before the VM runs, so that no later
-    /// access waits for the disk.
-    Prefault,
-    /// Pages are copied on first access through userfaultfd. Requires the privilege to
-    /// handle faults of the kernel.
-    Userfault,
-}
 
 /// A segment of the root disk: a range of bytes of one file. Segments are in disk order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +91,19 @@ pub struct LaunchRequest {
     pub start_timeout_ms: u64,
     /// Phases completed before the VMM was started.
     pub phases: Vec<Phase>,
+    /// The record existed before this start: it stays if the start fails.
+    pub existing: bool,
+    /// Restarts by the restart policy that led to this start.
+    pub restarts: RestartProgress,
+}
+
+/// Progress of the restarts of a VM since a client started it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestartProgress {
+    /// Number of restarts.
+    pub count: u32,
+    /// Milliseconds that the VM's process waited before the last one.
+    pub delay_ms: u64,
 }
 
 /// Failure to read a [`LaunchRequest`].
@@ -307,6 +304,71 @@ pub struct Status {
     pub clients: usize,
     /// Published ports with their addresses on the host.
     pub published: Vec<PublishedPort>,
+    /// The VM has ended, and its process waits before it starts it again.
+    #[serde(default)]
+    pub restarting: bool,
+    /// Number of restarts by the restart policy since a client started the VM.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Health of the workload, if it is checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthReport>,
+}
+
+/// The health of a workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthReport {
+    /// The status.
+    pub status: HealthStatus,
+    /// Number of consecutive failures.
+    pub failing_streak: u32,
+    /// The last results, oldest first, at most five.
+    #[serde(rename = "log")]
+    pub results: Vec<HealthResult>,
+}
+
+/// The status of a [`HealthReport`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum HealthStatus {
+    /// No check has succeeded yet, and not enough have failed.
+    #[default]
+    Starting,
+    /// The last check that counted has succeeded, or not enough have failed since.
+    Healthy,
+    /// As many checks as permitted have failed, one after another.
+    Unhealthy,
+    /// A status that only a later version knows.
+    #[serde(other)]
+    Other,
+}
+
+impl HealthStatus {
+    /// Returns its name, as in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Healthy => "healthy",
+            Self::Unhealthy => "unhealthy",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// The result of a health check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthResult {
+    /// Start time in nanoseconds since the Unix epoch.
+    pub start_ns: u64,
+    /// End time in nanoseconds since the Unix epoch.
+    pub end_ns: u64,
+    /// Exit status of the command; 124 if it did not end in time, 125 if it could not be
+    /// run.
+    pub exit_code: u32,
+    /// The beginning of its output, at most 1000 bytes, without control characters.
+    pub output: String,
 }
 
 /// Stages in the life cycle of a running VM.

@@ -6,6 +6,7 @@
 //! | [`Control`], [`Endpoint`], [`ControlError`] | calls on a VM's control socket |
 //! | [`session`] | a stream to and from a command in the guest |
 //! | [`launch`] | the messages: launch request, reports, calls and their answers |
+//! | [`event`] | events in the life of VMs, images and snapshots |
 //! | [`config`], [`exit`] | the configuration that a VM was started with, in all its forms, and its exit record |
 //! | [`workload`], [`publish`], [`signal`], [`id`] | parts of these, and parsers for their textual forms |
 //! | [`timings`] | completion times of the phases of a start |
@@ -52,6 +53,9 @@
 //!         started_ns: 1,
 //!         clients: 0,
 //!         published: Vec::new(),
+//!         restarting: false,
+//!         restarts: 0,
+//!         health: None,
 //!     });
 //!     let mut bytes = Vec::new();
 //!     frame::encode(FrameType::Control, &serde_json::to_vec(&answer)?, &mut bytes)
@@ -83,10 +87,13 @@ pub mod config;
 mod control;
 mod endpoint;
 mod error;
+pub mod event;
 pub mod exit;
 pub mod fdpass;
+mod health;
 pub mod id;
 pub mod launch;
+mod paging;
 pub mod publish;
 pub mod session;
 pub mod signal;

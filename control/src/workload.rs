@@ -6,6 +6,7 @@ pub use sm_guest_proto::exec::Rlimit;
 use sm_guest_proto::exec::{ExecRequest, Role};
 use thiserror::Error;
 
+use crate::health::HealthCheck;
 use crate::signal;
 
 /// Docker's search path for images that set none.
@@ -52,6 +53,9 @@ pub struct ImageDefaults {
     pub working_dir: String,
     /// `StopSignal`.
     pub stop_signal: Option<String>,
+    /// `Healthcheck` (an extension of Docker).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
 }
 
 /// The caller's overrides. `None` and empty collections keep the image's value.
@@ -253,6 +257,7 @@ mod tests {
             user: "app".into(),
             working_dir: "/srv".into(),
             stop_signal: Some("SIGQUIT".into()),
+            health: None,
         }
     }
 

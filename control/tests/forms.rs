@@ -9,7 +9,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use sm_control::config::{
-    ConfigView, LaunchConfig, RecordConfigV1, RecordFormError, StoredConfigV1, VmConfig,
+    ConfigView, HealthCheck, LaunchConfig, RecordConfigV1, RecordFormError, RestartPolicy,
+    SettingsSourceV1, StartSettingsV1, StoredConfigV1, VmConfig,
 };
 use sm_control::id::VmId;
 use sm_control::publish::Publication;
@@ -135,20 +136,89 @@ fn sections_of_snapshots_are_written_and_read() {
     assert_eq!(read(early(form())), early_config());
 }
 
+/// A configuration with the members of a VM's life, which are later than [`config`].
+fn living() -> VmConfig {
+    let mut config = config();
+    config.labels = [("role".to_owned(), "web".to_owned())].into();
+    config.restart = RestartPolicy::OnFailure { max: 3 };
+    config.health = Some(HealthCheck {
+        start_period_ms: 500,
+        ..HealthCheck::shell("test -e /ok")
+    });
+    config.expire = Some(Duration::from_secs(60));
+    config
+}
+
+/// The members of [`living`].
+fn living_form() -> Value {
+    let mut form = form();
+    form["labels"] = json!({"role": "web"});
+    form["restart"] = json!("on-failure:3");
+    form["health"] = json!({
+        "command": ["/bin/sh", "-c", "test -e /ok"], "interval_ms": 30_000,
+        "timeout_ms": 30_000, "start_period_ms": 500, "retries": 3,
+    });
+    form["expire_ms"] = json!(60_000);
+    form
+}
+
+#[test]
+fn members_of_a_life_are_written_and_read() {
+    let section = StoredConfigV1::from(living());
+    assert_eq!(serde_json::to_value(&section).unwrap(), living_form());
+    let read: StoredConfigV1 = serde_json::from_value(living_form()).unwrap();
+    assert_eq!(VmConfig::from(read), living());
+}
+
+#[test]
+fn records_keep_the_settings_of_starts() {
+    let start = StartSettingsV1 {
+        source: SettingsSourceV1::Image { cold: true },
+        cmdline: "quiet".into(),
+        paging: sm_control::launch::Paging::Prefault,
+        upper_size: Some(1),
+        shm_size: Some(2),
+        extra_hosts: vec![("10.0.0.1".into(), "a".into())],
+        nameservers: vec!["10.0.0.2".into()],
+        start_timeout_ms: 7,
+    };
+    let record = RecordConfigV1 {
+        start: Some(start.clone()),
+        ..RecordConfigV1::from(living())
+    };
+    let mut form = living_form();
+    form["version"] = json!(1);
+    form["start"] = json!({
+        "source": {"image": {"cold": true}}, "cmdline": "quiet", "paging": "prefault",
+        "upper_size": 1, "shm_size": 2, "extra_hosts": [["10.0.0.1", "a"]],
+        "nameservers": ["10.0.0.2"], "start_timeout_ms": 7,
+    });
+    assert_eq!(serde_json::to_value(&record).unwrap(), form);
+    let read = RecordConfigV1::from_record(form.to_string().as_bytes()).unwrap();
+    assert_eq!(read, record);
+    // Early records have none, and small ones have defaults.
+    let early = RecordConfigV1::from_record(early(self::form()).to_string().as_bytes()).unwrap();
+    assert_eq!(early.start, None);
+    form["start"] = json!({"source": {"snapshot": "warm"}, "start_timeout_ms": 7});
+    let read = RecordConfigV1::from_record(form.to_string().as_bytes()).unwrap();
+    let source = SettingsSourceV1::Snapshot("warm".to_owned());
+    assert_eq!(read.start.unwrap().source, source);
+}
+
 #[test]
 fn the_printed_form_is_that_of_scripts() {
     assert_eq!(
-        serde_json::to_value(ConfigView::from(config())).unwrap(),
-        form()
+        serde_json::to_value(ConfigView::from(living())).unwrap(),
+        living_form()
     );
 }
 
 #[test]
 fn launch_requests_lose_nothing() {
-    let sent = serde_json::to_vec(&LaunchConfig::from(config())).unwrap();
+    let sent = serde_json::to_vec(&LaunchConfig::from(living())).unwrap();
     let received: LaunchConfig = serde_json::from_slice(&sent).unwrap();
-    assert_eq!(VmConfig::from(received.clone()), config());
-    assert_eq!(StoredConfigV1::from(received), config().into());
+    assert_eq!(VmConfig::from(received.clone()), living());
+    assert_eq!(StoredConfigV1::from(received), living().into());
 }
 
 #[test]

@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use sm_control::config::LaunchConfig;
+use sm_control::config::{LaunchConfig, RestartPolicy};
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
-    ControlAnswer, ControlCall, DiskSegment, ImageSource, LaunchRequest, LaunchRequestError,
-    Paging, SnapshotReport, Stage, StageTimes, StartSource, Status, VmIdentityReport, VmmReport,
+    ControlAnswer, ControlCall, DiskSegment, HealthReport, HealthResult, HealthStatus, ImageSource,
+    LaunchRequest, LaunchRequestError, Paging, RestartProgress, SnapshotReport, Stage, StageTimes,
+    StartSource, Status, VmIdentityReport, VmmReport,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -52,6 +53,10 @@ fn config() -> LaunchConfig {
         stop_timeout_ms: 10_000,
         publish: vec!["8080:80".parse().unwrap()],
         publish_wait_ms: 1000,
+        labels: [("a".to_owned(), "b".to_owned())].into(),
+        restart: RestartPolicy::Always,
+        health: None,
+        expire_ms: None,
     }
 }
 
@@ -66,7 +71,8 @@ fn config_form() -> Value {
         "memory": 1 << 28, "cpus": 2, "kernel": "/k", "auto_remove": true,
         "read_only": false, "stop_timeout_ms": 10_000,
         "publish": [{"host": {"tcp": "127.0.0.1:8080"}, "guest": 80}],
-        "publish_wait_ms": 1000,
+        "publish_wait_ms": 1000, "labels": {"a": "b"}, "restart": "always",
+        "health": null, "expire_ms": null,
     })
 }
 
@@ -164,6 +170,11 @@ fn a_launch_request() {
         rows: 25,
         start_timeout_ms: 60_000,
         phases: Vec::new(),
+        existing: true,
+        restarts: RestartProgress {
+            count: 2,
+            delay_ms: 200,
+        },
     };
     let form = json!({
         "version": "1", "data": "/data", "run": "/run", "cache": "/cache",
@@ -173,7 +184,8 @@ fn a_launch_request() {
         }},
         "paging": "map", "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
         "nameservers": [], "attach": true, "columns": 80, "rows": 25,
-        "start_timeout_ms": 60_000, "phases": [],
+        "start_timeout_ms": 60_000, "phases": [], "existing": true,
+        "restarts": {"count": 2, "delay_ms": 200},
     });
     assert_eq!(serde_json::to_value(&request).unwrap(), form);
     let read: LaunchRequest = serde_json::from_value(form.clone()).unwrap();
@@ -284,6 +296,18 @@ fn answers() {
             "8080:80".parse().unwrap(),
             PortStats::default(),
         )],
+        restarting: false,
+        restarts: 3,
+        health: Some(HealthReport {
+            status: HealthStatus::Unhealthy,
+            failing_streak: 3,
+            results: vec![HealthResult {
+                start_ns: 1,
+                end_ns: 2,
+                exit_code: 7,
+                output: "o".into(),
+            }],
+        }),
     };
     is(
         &ControlAnswer::Status(status),
@@ -297,6 +321,10 @@ fn answers() {
                     "unanswered": 0, "to_guest": 0, "from_guest": 0,
                 },
             }],
+            "restarting": false, "restarts": 3,
+            "health": {"status": "unhealthy", "failing_streak": 3, "log": [
+                {"start_ns": 1, "end_ns": 2, "exit_code": 7, "output": "o"},
+            ]},
         }}),
     );
     is(&Stage::Starting, &json!("starting"));

@@ -102,6 +102,40 @@ pub struct Config {
     /// Signal that asks a container to exit, such as `SIGTERM`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
+    /// Check of a container's health: an extension of Docker's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub healthcheck: Option<Healthcheck>,
+}
+
+/// A command that shows whether a container is healthy, as `HEALTHCHECK` in a Dockerfile
+/// sets it. Times are in nanoseconds; 0 stands for the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+#[non_exhaustive]
+pub struct Healthcheck {
+    /// `NONE`, `CMD` with program and arguments, or `CMD-SHELL` with a command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub test: Option<Vec<String>>,
+    /// Time between two checks.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub interval: i64,
+    /// Time limit of a check.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub timeout: i64,
+    /// Time after the start in which failures do not count.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub start_period: i64,
+    /// Consecutive failures after which a container is unhealthy.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub retries: i64,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde expects"
+)]
+fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 const LAYERS: &str = "layers";
@@ -192,11 +226,13 @@ mod tests {
         let ports: Vec<_> = defaults.exposed_ports.iter().flatten().collect();
         assert_eq!(ports, ["443/tcp", "80/tcp"]);
         assert_eq!(defaults.stop_signal.as_deref(), Some("SIGQUIT"));
+        let health = defaults.healthcheck.as_ref().unwrap();
+        assert_eq!(health.interval, 30_000_000_000);
         let mut again: Value = serde_json::from_str(DOCKERS).unwrap();
         for name in ["container", "docker_version"] {
             again.as_object_mut().unwrap().remove(name);
         }
-        for name in ["ArgsEscaped", "OnBuild", "Healthcheck"] {
+        for name in ["ArgsEscaped", "OnBuild"] {
             again["config"].as_object_mut().unwrap().remove(name);
         }
         assert_eq!(serde_json::to_value(&config).unwrap(), again);

@@ -63,7 +63,7 @@ mod tree;
 
 pub use builder::{Compression, LayoutBuilder, MemoryFile};
 pub use cancel::Cancel;
-pub use config::{Config, History, ImageConfig, RootFs};
+pub use config::{Config, Healthcheck, History, ImageConfig, RootFs};
 pub use digest::Digest;
 pub use docker_reference::DockerReference;
 pub use error::{Cause, Error, ErrorKind};

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sm_control::event::EventRecord;
 use sm_control::exit::ExitRecord;
 use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_control::with_causes;
@@ -18,7 +19,7 @@ use crate::home::Home;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::output_log::{LogWriter, ROTATE_AT, Stream};
-use crate::record::{CONSOLE, Record, Records};
+use crate::record::{CONSOLE, Record, Records, VmConfig};
 use crate::sm::register_program;
 
 /// Runs the VMM, and does not return, if this process was started as one.
@@ -92,6 +93,18 @@ impl VmRecord for Record {
 
     fn exec_socket(&self) -> PathBuf {
         Self::exec_socket(self)
+    }
+
+    fn take_over(&self) -> io::Result<()> {
+        Self::take_over(self).map_err(io::Error::other)
+    }
+
+    fn current_config(&self) -> io::Result<Option<VmConfig>> {
+        self.reread_config().map(Some).map_err(io::Error::other)
+    }
+
+    fn note_event(&self, event: &EventRecord) {
+        self.events().note(event);
     }
 
     fn output_log(&self) -> io::Result<Box<dyn OutputLog>> {

@@ -106,6 +106,9 @@ pub enum OptionError {
         /// The prefix.
         prefix: &'static str,
     },
+    /// A VM that is removed at its exit cannot be started again.
+    #[error("a VM that is removed at its exit cannot have a restart policy")]
+    RestartOfRemoved,
     /// The name of an image is malformed.
     #[error("\"{name}\" is no name for an image: {reason}")]
     ImageName {
@@ -246,6 +249,17 @@ pub enum Refusal {
         /// The cause.
         reason: String,
     },
+    /// The record of the VM is of a version that did not store the settings of its start.
+    #[error("VM \"{0}\" was created by a version that could not start it again")]
+    NoStartSettings(String),
+    /// The image of the VM is not in the store any more.
+    #[error("image \"{image}\" of VM \"{vm}\" is not in the store any more")]
+    NoImage {
+        /// The VM.
+        vm: String,
+        /// The reference by which its image was opened.
+        image: String,
+    },
     /// The VM, or its guest, refused the operation; its own sentence.
     #[error("{0}")]
     Vm(String),
@@ -315,7 +329,8 @@ impl Error {
             Self::NotRunning(_) => ErrorKind::NotRunning,
             Self::Refused(refusal) => match refusal {
                 Refusal::Paused(_) | Refusal::Starting(_) => ErrorKind::Busy,
-                Refusal::Platform { .. } => ErrorKind::Unsupported,
+                Refusal::Platform { .. } | Refusal::NoStartSettings(_) => ErrorKind::Unsupported,
+                Refusal::NoImage { .. } => ErrorKind::NotFound,
                 Refusal::NoWorkload { .. } => ErrorKind::Invalid,
                 Refusal::UnreadableSnapshot { .. } => ErrorKind::Damaged,
                 Refusal::NoExitStatus(_) | Refusal::Vm(_) | Refusal::Answer(_) => {

@@ -152,6 +152,12 @@ impl Home {
         self.data.join("images")
     }
 
+    /// Returns the directory of the log of events.
+    #[must_use]
+    pub fn events(&self) -> PathBuf {
+        self.data.join("events")
+    }
+
     /// Returns the directory of snapshots.
     #[must_use]
     pub fn snapshots(&self) -> PathBuf {

@@ -28,6 +28,7 @@
 //! | [`Image`], [`image::Images`] | an image to run, the store of images |
 //! | [`Vm`], [`Vms`] | a VM, all VMs |
 //! | [`Snapshot`], [`snapshots::Snapshots`] | a workload to continue, the store of snapshots |
+//! | [`events::EventStream`] | the events of all of them |
 //! | [`kernel::Kernels`] | guest kernels of this host |
 //! | [`Error`], [`ErrorKind`] | failures, and their kinds |
 //!
@@ -44,6 +45,7 @@ mod digests;
 mod doctor;
 mod entry;
 mod error;
+pub mod events;
 pub mod exec;
 mod guest_agent;
 mod home;
@@ -69,19 +71,22 @@ pub use kernel::KernelError;
 pub use record::{
     Damaged, ExitReason, ExitRecord, RecordError, RecordFormError, VmConfig, VmState,
 };
-pub use run::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
+pub use run::{DEFAULT_CPUS, DEFAULT_MEMORY, HealthOptions, MIN_MEMORY, RunOptions, StartOptions};
 pub use sm::{Sm, SmBuilder};
 #[doc(no_inline)]
 pub use sm_control as control;
+pub use sm_control::config::{HealthCheck, RestartPolicy};
 pub use sm_control::exit::FailureCause;
-pub use sm_control::launch::{Paging, SnapshotReport, StageTimes};
+pub use sm_control::launch::{
+    HealthReport, HealthResult, HealthStatus, Paging, SnapshotReport, StageTimes,
+};
 pub use sm_control::publish::{self, Publication};
 pub use sm_control::{signal, timings};
 pub use sm_guest_proto::control::GuestStats;
 pub use snapshots::Snapshot;
 pub use vm::{
     AfterSnapshot, Force, Input, Inspection, Inspections, SignalSender, StateView, Vm, VmStatus,
-    Vms,
+    VmUpdate, Vms,
 };
 
 /// Identifiers and names of virtual machines.

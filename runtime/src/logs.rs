@@ -72,9 +72,9 @@ impl Logs {
             // between.
             self.start_watching().map_err(log_error(&self.record))?;
             let ended = match self.record.state() {
-                Ok(VmState::Running) => false,
+                Ok(VmState::Running | VmState::Restarting(_)) => false,
                 // The record was removed in the meantime; open files can still be read.
-                Ok(VmState::Exited(_)) | Err(_) => true,
+                Ok(VmState::Exited(_) | VmState::Created) | Err(_) => true,
             };
             if let Some(record) = self.next_record()? {
                 return Ok(Some(record));

@@ -98,14 +98,23 @@ impl LogWriter {
             dropped: 0,
             rotate_at,
         };
-        let existing = OpenOptions::new().append(true).open(directory.join(FILE));
+        let mut options = OpenOptions::new();
+        let existing = options.read(true).append(true).open(directory.join(FILE));
         match existing {
             Ok(file) => {
-                writer.written = file.metadata()?.len();
+                // A writer that was killed may have left a part of a record.
+                (writer.written, writer.logged) = extent(&file)?;
+                writer.torn = file.metadata()?.len() > writer.written;
                 writer.file = Some(file);
-                writer.logged = None;
+                writer.repair()?;
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => writer.create_file()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // A writer that was killed may have renamed the file.
+                if directory.join(ROTATED).exists() {
+                    writer.logged = None;
+                }
+                writer.create_file()?;
+            }
             Err(error) => return Err(error),
         }
         Ok(writer)
@@ -209,6 +218,37 @@ impl LogWriter {
         self.dropped = 0;
         Ok(())
     }
+}
+
+/// Returns the length of the whole records of a file, and the bytes of output up to its
+/// end in all files, if it says how many there are before it.
+fn extent(file: &File) -> io::Result<(u64, Option<u64>)> {
+    let mut reader = BufReader::new(file);
+    let end = file.metadata()?.len();
+    let (mut whole, mut logged) = (0, None);
+    let mut header = [0; HEADER_LEN];
+    while fill(&mut reader, &mut header)? {
+        let [kind, _, _, _, a, b, c, d, ..] = header;
+        let len = u32::from_be_bytes([a, b, c, d]);
+        let next = whole + HEADER_LEN as u64 + u64::from(len);
+        if next > end || len > MAX_RECORD {
+            break;
+        }
+        let mut number = [0; 8];
+        match kind {
+            POSITION if len == 8 && fill(&mut reader, &mut number)? => {
+                logged = Some(u64::from_be_bytes(number));
+            }
+            _ => {
+                if kind == Stream::Stdout as u8 || kind == Stream::Stderr as u8 {
+                    logged = logged.map(|logged: u64| logged.saturating_add(len.into()));
+                }
+                reader.seek_relative(len.into())?;
+            }
+        }
+        whole = next;
+    }
+    Ok((whole, logged))
 }
 
 fn encode(kind: u8, bytes: &[u8]) -> io::Result<Vec<u8>> {
@@ -437,7 +477,7 @@ impl Reading {
 }
 
 /// Fills the buffer. Returns false at the end of the file.
-fn fill(file: &mut BufReader<File>, buffer: &mut [u8]) -> io::Result<bool> {
+fn fill(file: &mut BufReader<impl io::Read>, buffer: &mut [u8]) -> io::Result<bool> {
     match file.read_exact(buffer) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),

@@ -2,21 +2,29 @@
 //!
 //! `<data>/vms/<id>/` contains `config.json`, `lock`, `console.log`, `vmm.log`, the
 //! output log and, after the exit, `exit.json`. `<run>/vms/<short id>/` contains only the
-//! sockets.
+//! sockets. The directory of a VM is the same in all its runs.
 //!
 //! Invariant: a VM's process is alive exactly while its `lock` is flocked exclusively.
-//! The lock is taken before the record gets its name and is passed to the VMM as an open
-//! file description; the kernel releases it whenever and however the VMM ends. No other
-//! process ever locks it exclusively: a process that gets a shared lock knows that the
-//! VMM is dead and stays dead, and concurrent observers get the same answer. Clean-up
-//! after dead VMs happens under the registry's lock.
+//! The lock is taken by the process that starts the VM, and passed to the VMM as an open
+//! file description; the kernel releases it whenever and however the VMM ends. It is taken
+//! under the registry's lock (or before a new record gets its name), and no other process
+//! ever locks it exclusively. A process that gets a shared lock knows that there is no
+//! VMM, and none appears while it holds the lock; concurrent observers get the same
+//! answer. Clean-up after dead VMs happens under the registry's lock.
+//! Order of locks: the registry's before that of a record; no process waits for the
+//! registry's lock while it holds that of a record.
 //!
 //! A VM has *ended* when `exit.json` exists; its VMM may still release resources for some
-//! milliseconds, and only removal has to wait for that.
+//! milliseconds, and only removal and the next start have to wait for that. An end after
+//! which the VM's process starts another run is marked in that file, and counts only when
+//! the process is gone.
+//!
+//! `idle.rs` has the files of a VM without a process, and what a start does with them.
 
 mod files;
 #[cfg(test)]
 mod full;
+mod idle;
 mod records;
 #[cfg(test)]
 mod tests;
@@ -27,6 +35,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 use sm_control::Endpoint;
+use sm_control::config::StartSettingsV1;
 pub use sm_control::config::{RecordFormError, VmConfig};
 pub use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::id::VmId;
@@ -34,12 +43,15 @@ use thiserror::Error;
 
 use self::files::{read_json, remove_tree, write_json};
 pub use self::records::Damaged;
-pub(crate) use self::records::Records;
+pub(crate) use self::records::{Draft, Records};
+use crate::events::{EventAction, EventLog, EventRecord};
 use crate::home::HomeError;
 
 const CONFIG: &str = "config.json";
 const LOCK: &str = "lock";
 const EXIT: &str = "exit.json";
+/// Exists in the record of a VM that has never been started.
+const CREATED: &str = "created";
 /// The log of the guest's serial console.
 pub(crate) const CONSOLE: &str = "console.log";
 /// The log of the VMM process.
@@ -137,8 +149,12 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> R
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VmState {
+    /// It was created, and has never been started.
+    Created,
     /// A process holds its lock.
     Running,
+    /// It has ended like this, and its process is about to start it again.
+    Restarting(ExitRecord),
     /// It has ended.
     Exited(ExitRecord),
 }
@@ -147,8 +163,11 @@ pub enum VmState {
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
     config: VmConfig,
+    /// `None` in the VMM, and for records of versions without it.
+    start: Option<StartSettingsV1>,
     directory: PathBuf,
     sockets: PathBuf,
+    events: EventLog,
 }
 
 impl Record {
@@ -156,6 +175,11 @@ impl Record {
     #[must_use]
     pub(crate) fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// Returns the settings of its starts.
+    pub(crate) fn start_settings(&self) -> Option<&StartSettingsV1> {
+        self.start.as_ref()
     }
 
     /// Returns its directory.
@@ -193,18 +217,24 @@ impl Record {
     /// # Errors
     /// Its files cannot be read.
     pub(crate) fn state(&self) -> Result<VmState, RecordError> {
-        if let Some(exit) = self.exit()? {
-            return Ok(VmState::Exited(exit));
+        let restarting = match self.exit()? {
+            Some(exit) if exit.restarting => Some(exit),
+            Some(exit) => return Ok(VmState::Exited(exit)),
+            None => None,
+        };
+        // While this is held, no start changes the files.
+        let Some(_dead) = self.try_lock(FlockOperation::NonBlockingLockShared)? else {
+            return Ok(match restarting {
+                Some(exit) => VmState::Restarting(exit),
+                None if self.is_created()? => VmState::Created,
+                None => VmState::Running,
+            });
+        };
+        match self.exit()?.or(self.interrupted_exit()?) {
+            Some(exit) => Ok(VmState::Exited(exit)),
+            None if self.is_created()? => Ok(VmState::Created),
+            None => Ok(VmState::Exited(ExitRecord::lost())),
         }
-        if self
-            .try_lock(FlockOperation::NonBlockingLockShared)?
-            .is_none()
-        {
-            return Ok(VmState::Running);
-        }
-        Ok(VmState::Exited(
-            self.exit()?.unwrap_or_else(ExitRecord::lost),
-        ))
     }
 
     /// Reads the exit record, if there is one.
@@ -220,9 +250,13 @@ impl Record {
         }
     }
 
-    /// Returns true if an exit record exists, readable or not.
+    /// Returns true if an exit record exists, readable or not, after which there is no
+    /// other run.
     fn has_ended(&self) -> bool {
-        self.directory.join(EXIT).exists()
+        match self.exit() {
+            Ok(exit) => exit.is_some_and(|exit| !exit.restarting),
+            Err(_) => true,
+        }
     }
 
     /// Returns true if the record is removed, or the VM has ended and its VMM will remove
@@ -246,23 +280,43 @@ impl Record {
     /// # Errors
     /// The VM is alive, or its files cannot be removed.
     pub(crate) fn remove(&self) -> Result<(), RecordError> {
-        // The VMM of a VM that has ended is about to release the lock.
-        let operation = match self.has_ended() {
-            true => FlockOperation::LockShared,
-            false => FlockOperation::NonBlockingLockShared,
-        };
-        let Some(_dead) = self.try_lock(operation)? else {
+        // The VMM of a VM that has ended is about to release the lock. The registry's lock
+        // is not held meanwhile.
+        if self.has_ended() {
+            drop(self.try_lock(FlockOperation::LockShared)?);
+        }
+        let _registry = records::registry_lock(self.directory.parent().unwrap_or(Path::new("/")))?;
+        let Some(_dead) = self.try_lock(FlockOperation::NonBlockingLockShared)? else {
             return Err(RecordError::Running(self.config.name.clone()));
         };
-        let _registry = records::registry_lock(self.directory.parent().unwrap_or(Path::new("/")))?;
         self.erase()
     }
 
     /// Removes the record. The caller is the VMM, or holds the registry's lock and has
     /// verified that the VMM is dead.
     pub(crate) fn erase(&self) -> Result<(), RecordError> {
+        let existed = self.directory.exists();
         self.remove_sockets()?;
-        bury(&self.directory, &self.config.id)
+        bury(&self.directory, &self.config.id)?;
+        if existed {
+            self.note(EventAction::Destroy, |event| event);
+        }
+        Ok(())
+    }
+
+    /// Adds an event about the VM to the log; `details` completes it.
+    pub(crate) fn note(
+        &self,
+        action: EventAction,
+        details: impl FnOnce(EventRecord) -> EventRecord,
+    ) {
+        let event = EventRecord::of_vm(action, &self.config);
+        self.events.note(&details(event));
+    }
+
+    /// Returns the log of events.
+    pub(crate) fn events(&self) -> &EventLog {
+        &self.events
     }
 
     pub(crate) fn remove_sockets(&self) -> Result<(), RecordError> {

@@ -11,9 +11,10 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sm_control::config::{SettingsSourceV1, StartSettingsV1};
 use sm_control::fdpass;
 use sm_control::id::VmId;
-use sm_control::launch::{ImageSource, LaunchRequest, StartSource, VmmReport};
+use sm_control::launch::{ImageSource, LaunchRequest, RestartProgress, StartSource, VmmReport};
 use sm_control::session::{Aside, Event, Session};
 use sm_control::timed::Until;
 use sm_control::timings::Phase;
@@ -22,15 +23,20 @@ use sm_guest_proto::frame::{self, FrameHeader, FrameType, HEADER_LEN};
 
 use crate::error::ENTRY_ADVICE;
 use crate::image::Image;
+use crate::kernel::Kernel;
 use crate::reaper::Process;
-use crate::record::{ExitRecord, Record, Records, VMM_LOG, VmConfig};
+use crate::record::{Draft, ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::sm::Sm;
 use crate::vm::Vm;
 use crate::{Error, StartError};
 
+mod again;
+mod health;
 mod options;
 mod reporting;
 
+pub use self::again::StartOptions;
+pub use self::health::HealthOptions;
 pub(crate) use self::options::DEFAULT_STOP_TIMEOUT;
 pub use self::options::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
 pub(crate) use self::reporting::ReportingVm;
@@ -44,37 +50,42 @@ impl Image {
     pub fn run(&self, options: RunOptions) -> Result<Vm, Error> {
         start(self.sm(), self, options)
     }
+
+    /// Creates a VM from this image, which [`Vm::start`] starts.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], as far as they concern the options, image and kernel.
+    pub fn create(&self, options: RunOptions) -> Result<Vm, Error> {
+        let kernel = check(self.sm(), self, &options)?;
+        let config = |id, name| config(self, &options, &kernel, id, name);
+        create_idle(self.sm(), &options, settings_source(&options), config)
+    }
+}
+
+/// Creates a VM without starting it.
+pub(crate) fn create_idle(
+    sm: &Sm,
+    options: &RunOptions,
+    source: SettingsSourceV1,
+    config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
+) -> Result<Vm, Error> {
+    let draft = Draft {
+        idle: true,
+        ..draft(options, source)
+    };
+    let records = Records::open(sm.home())?;
+    records.sweep()?;
+    let (record, _lock) = records.create(&draft, config)?;
+    Ok(Vm::from_record(sm, record))
 }
 
 /// Starts a VM from an image and returns once its workload runs.
 pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, Error> {
-    options.check()?;
-    let memory = options.memory_given().unwrap_or(DEFAULT_MEMORY);
-    // All checks that can fail come before anything that would have to be undone.
-    image.check_platform()?;
-    let kernel = sm.kernels().find(options.kernel.as_deref())?;
-    sm.describe_agent()?;
-    Workload::merge(image.defaults(), &options.overrides, "checked")?;
-
+    let kernel = check(sm, image, &options)?;
     let launched = launch(
         sm,
         &options,
-        |id, name| {
-            let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
-            let mut config = VmConfig::new(id, name);
-            config.image = image.reference().to_owned();
-            config.image_digest = image.digest().to_owned();
-            config.workload = workload;
-            config.memory_bytes = memory;
-            config.cpus = options.cpus.unwrap_or(DEFAULT_CPUS);
-            config.kernel.clone_from(&kernel.path);
-            config.auto_remove = options.auto_remove;
-            config.read_only = options.read_only;
-            config.stop_timeout = options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT);
-            config.publish.clone_from(&options.publish);
-            config.publish_wait = options.clamped_publish_wait();
-            Ok(config)
-        },
+        |id, name| config(image, &options, &kernel, id, name),
         StartSource::Image(ImageSource {
             root: image.segments().to_vec(),
             modules: kernel.modules.clone(),
@@ -82,6 +93,40 @@ pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, E
         }),
     )?;
     launched.until_started(options.attach)
+}
+
+/// Checks everything that can fail before something would have to be undone; returns the
+/// kernel.
+fn check(sm: &Sm, image: &Image, options: &RunOptions) -> Result<Kernel, Error> {
+    options.check()?;
+    image.check_platform()?;
+    let kernel = sm.kernels().find(options.kernel.as_deref())?;
+    sm.describe_agent()?;
+    Workload::merge(image.defaults(), &options.overrides, "checked")?;
+    Ok(kernel)
+}
+
+/// Returns the configuration of a VM of `image`.
+fn config(
+    image: &Image,
+    options: &RunOptions,
+    kernel: &Kernel,
+    id: VmId,
+    name: String,
+) -> Result<VmConfig, Error> {
+    let workload = Workload::merge(image.defaults(), &options.overrides, id.short())?;
+    let mut config = VmConfig::new(id, name);
+    config.image = image.reference().to_owned();
+    config.image_digest = image.digest().to_owned();
+    config.workload = workload;
+    config.health.clone_from(&image.defaults().health);
+    config.memory_bytes = options.memory_given().unwrap_or(DEFAULT_MEMORY);
+    config.cpus = options.cpus.unwrap_or(DEFAULT_CPUS);
+    config.kernel.clone_from(&kernel.path);
+    config.read_only = options.read_only;
+    config.stop_timeout = options.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT);
+    options.apply_to(&mut config);
+    Ok(config)
 }
 
 /// A VMM process that has said hello.
@@ -92,6 +137,8 @@ pub(crate) struct Launched {
     session: Session,
     phases: Vec<Phase>,
     warnings: Vec<String>,
+    /// The record existed before, and stays if the start fails.
+    existing: bool,
 }
 
 /// The program of the VMM process.
@@ -124,12 +171,7 @@ pub(crate) fn launch_in(
     config: impl FnOnce(VmId, String) -> Result<VmConfig, Error>,
     source: StartSource,
 ) -> Result<Launched, Error> {
-    let program = Program {
-        path: sm.vmm()?,
-        environment: sm.vmm_environment().into(),
-        timeout: HELLO_TIMEOUT,
-    };
-    launch_program(sm, records, options, config, source, &program)
+    launch_program(sm, records, options, config, source, &program(sm)?)
 }
 
 fn launch_program(
@@ -140,33 +182,28 @@ fn launch_program(
     source: StartSource,
     program: &Program,
 ) -> Result<Launched, Error> {
-    if std::env::var_os(sm_vmm::VMM_VARIABLE).is_some() {
-        return Err(StartError::InsideVmm.into());
-    }
-    let home = sm.home();
-    let (record, lock) = records.create(options.name.as_deref(), config)?;
-    let mut phases = options.phases.clone();
-    phases.push(Phase::now("image resolved"));
-    let request = LaunchRequest {
-        version: sm_control::VERSION.to_owned(),
-        data: home.data().to_owned(),
-        run: home.run().to_owned(),
-        cache: home.cache().to_owned(),
-        config: record.config().clone().into(),
-        cmdline: options.cmdline.clone(),
-        source,
-        paging: options.paging,
-        upper_size: options.upper_size,
-        shm_size: options.shm_size,
-        extra_hosts: options.extra_hosts.clone(),
-        nameservers: options.nameservers.clone(),
+    let settings = match &source {
+        StartSource::Image(_) => Some(settings_source(options)),
+        StartSource::Snapshot(name) => Some(SettingsSourceV1::Snapshot(name.clone())),
+        StartSource::IdentityReport(_) => None,
+    };
+    let draft = settings.map_or_else(
+        || Draft {
+            name: options.name.clone(),
+            ..Draft::default()
+        },
+        |settings| draft(options, settings),
+    );
+    let (record, lock) = records.create(&draft, config)?;
+    let mut request = LaunchRequest {
         attach: options.attach,
         columns: options.terminal_size.0,
         rows: options.terminal_size.1,
-        start_timeout_ms: millis(options.start_timeout),
-        phases,
+        phases: options.phases.clone(),
+        ..request(sm, &record, &settings_of(options, &draft), source)
     };
-    match spawn(&record, &request, lock, program) {
+    request.phases.push(Phase::now("image resolved"));
+    match spawn(&record, &request, &lock, program) {
         Ok((child, session)) => Ok(Launched {
             sm: sm.clone(),
             record,
@@ -174,6 +211,7 @@ fn launch_program(
             session,
             phases: request.phases,
             warnings: Vec::new(),
+            existing: false,
         }),
         Err(error) => {
             // Without a process, no one else removes the record.
@@ -181,6 +219,69 @@ fn launch_program(
             Err(error)
         }
     }
+}
+
+/// Returns the program of the VMM process.
+fn program(sm: &Sm) -> Result<Program, Error> {
+    if std::env::var_os(sm_vmm::VMM_VARIABLE).is_some() {
+        return Err(StartError::InsideVmm.into());
+    }
+    Ok(Program {
+        path: sm.vmm()?,
+        environment: sm.vmm_environment().into(),
+        timeout: HELLO_TIMEOUT,
+    })
+}
+
+/// Returns the request for a detached start of a VM.
+fn request(
+    sm: &Sm,
+    record: &Record,
+    settings: &StartSettingsV1,
+    source: StartSource,
+) -> LaunchRequest {
+    let home = sm.home();
+    LaunchRequest {
+        version: sm_control::VERSION.to_owned(),
+        data: home.data().to_owned(),
+        run: home.run().to_owned(),
+        cache: home.cache().to_owned(),
+        config: record.config().clone().into(),
+        cmdline: settings.cmdline.clone(),
+        source,
+        paging: settings.paging,
+        upper_size: settings.upper_size,
+        shm_size: settings.shm_size,
+        extra_hosts: settings.extra_hosts.clone(),
+        nameservers: settings.nameservers.clone(),
+        attach: false,
+        columns: 80,
+        rows: 24,
+        start_timeout_ms: settings.start_timeout_ms,
+        phases: Vec::new(),
+        existing: false,
+        restarts: RestartProgress::default(),
+    }
+}
+
+/// Returns the settings of starts with these options, of an image.
+fn settings_source(options: &RunOptions) -> SettingsSourceV1 {
+    SettingsSourceV1::Image { cold: options.cold }
+}
+
+/// Returns the draft of a record with these options.
+fn draft(options: &RunOptions, source: SettingsSourceV1) -> Draft {
+    Draft {
+        name: options.name.clone(),
+        start: Some(options.settings(source)),
+        idle: false,
+    }
+}
+
+/// Returns the settings of a draft, or of a start that is not repeated.
+fn settings_of(options: &RunOptions, draft: &Draft) -> StartSettingsV1 {
+    let stored = draft.start.clone();
+    stored.unwrap_or_else(|| options.settings(settings_source(options)))
 }
 
 /// Time until a program must say hello; a busy host needs a part of it.
@@ -202,7 +303,7 @@ pub(crate) fn millis(time: Duration) -> u64 {
 fn spawn(
     record: &Record,
     request: &LaunchRequest,
-    lock: File,
+    lock: &File,
     program: &Program,
 ) -> Result<(Process, Session), Error> {
     let vmm_error = |source| Error::Vmm {
@@ -251,7 +352,7 @@ fn spawn(
     let deadline = Instant::now() + program.timeout;
     let greeted = ours
         .set_write_timeout(Some(program.timeout))
-        .and_then(|()| fdpass::send(&mut ours, &bytes, &lock))
+        .and_then(|()| fdpass::send(&mut ours, &bytes, lock))
         .and_then(|()| receive_hello(&ours, deadline))
         .and_then(|()| ours.set_write_timeout(None))
         .and_then(|()| ours.set_read_timeout(None));
@@ -326,21 +427,25 @@ fn log_tail(record: &Record) -> String {
 impl Launched {
     /// Processes events of the VMM until the workload runs.
     pub(crate) fn until_started(mut self, attach: bool) -> Result<Vm, Error> {
+        self.wait_until_started()?;
+        let session = attach.then_some(self.session);
+        let mut vm = Vm::started(self.sm, self.record, self.child, session, self.phases);
+        vm.warnings = self.warnings;
+        Ok(vm)
+    }
+
+    fn wait_until_started(&mut self) -> Result<(), Error> {
         loop {
             match self.session.next_event().map_err(talking)? {
-                Some(Event::Started { .. }) => break,
+                Some(Event::Started { .. }) => return Ok(()),
                 Some(Event::Phase(phase)) => self.phases.push(phase),
                 Some(Event::Warning(text)) => self.warnings.push(text),
                 Some(Event::Ended(exit)) => return Err(not_started(exit)),
                 // Output follows the start, and the record has the exit status.
                 Some(_) => {}
-                None => return Err(vmm_exited(&self.record, &mut self.child)),
+                None => return Err(vmm_exited(&self.record, &mut self.child, self.existing)),
             }
         }
-        let session = attach.then_some(self.session);
-        let mut vm = Vm::started(self.sm, self.record, self.child, session, self.phases);
-        vm.warnings = self.warnings;
-        Ok(vm)
     }
 }
 
@@ -361,14 +466,16 @@ fn not_started(exit: ExitRecord) -> Error {
 }
 
 /// The VMM died without a report: returns the error with the known facts, and cleans up.
-fn vmm_exited(record: &Record, child: &mut Process) -> Error {
+fn vmm_exited(record: &Record, child: &mut Process, existing: bool) -> Error {
     let how = match child.wait() {
         Ok(status) => status.to_string(),
         Err(error) => error.to_string(),
     };
     let log = log_tail(record);
-    // No one else has a handle of the record.
-    let _ = record.remove();
+    if !existing {
+        // No one else has a handle of the record.
+        let _ = record.remove();
+    }
     StartError::Died { how, log }.into()
 }
 

@@ -19,8 +19,10 @@ use crate::{Error, Refusal};
 
 mod state;
 mod survey;
+mod update;
 
 pub use self::state::{Inspection, StateView, VmStatus};
+pub use self::update::VmUpdate;
 
 /// Time that a VMM has to destroy its VM on request, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -150,7 +152,7 @@ impl Vm {
         }
     }
 
-    fn from_record(sm: &Sm, record: Record) -> Self {
+    pub(crate) fn from_record(sm: &Sm, record: Record) -> Self {
         Self {
             sm: sm.clone(),
             record,
@@ -159,6 +161,10 @@ impl Vm {
             phases: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
     }
 
     /// Returns the handle that found or started it.
@@ -245,8 +251,8 @@ impl Vm {
     /// The record does not exist any more.
     pub fn inspect(&self) -> Result<Inspection, Error> {
         let state = match self.record.state() {
-            Ok(VmState::Running) => match self.status() {
-                Ok(status) => StateView::alive(status),
+            Ok(VmState::Running | VmState::Restarting(_)) => match self.status() {
+                Ok(status) => StateView::alive(&self.record, status),
                 Err(error) => StateView::unresponsive(&self.record, &error)?,
             },
             other => StateView::exited(other)?,
@@ -271,8 +277,10 @@ impl Vm {
         }
         self.record.wait_until_unlocked()?;
         match self.record.state()? {
-            VmState::Exited(exit) => Ok(exit),
-            VmState::Running => Err(Refusal::NoExitStatus(self.name().to_owned()).into()),
+            VmState::Exited(exit) | VmState::Restarting(exit) => Ok(exit),
+            VmState::Running | VmState::Created => {
+                Err(Refusal::NoExitStatus(self.name().to_owned()).into())
+            }
         }
     }
 
@@ -296,9 +304,37 @@ impl Vm {
 
     fn ended_or(&self, error: impl Fn(&Record) -> Error) -> Result<(), Error> {
         match self.record.state() {
-            Ok(VmState::Exited(_)) => Ok(()),
+            Ok(VmState::Exited(_) | VmState::Created) => Ok(()),
             _ => Err(error(&self.record)),
         }
+    }
+
+    /// Gives it another name.
+    ///
+    /// # Errors
+    /// The name is invalid or taken, or the VM was removed.
+    pub fn rename(&mut self, name: &str) -> Result<(), Error> {
+        self.change(|config| {
+            name.clone_into(&mut config.name);
+            Ok(())
+        })
+    }
+
+    /// Changes parts of its configuration, which apply from its next stop or end on, also
+    /// while it runs.
+    ///
+    /// # Errors
+    /// It cannot have the restart policy, or was removed.
+    pub fn update(&mut self, update: &VmUpdate) -> Result<(), Error> {
+        self.change(|config| update.apply(config))
+    }
+
+    fn change(
+        &mut self,
+        change: impl FnOnce(&mut VmConfig) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.record = Records::open(self.sm.home())?.change(&self.record, change)?;
+        Ok(())
     }
 
     /// Sends a signal to the workload's main process.
@@ -407,7 +443,8 @@ impl Vm {
     pub fn remove(&mut self, force: Force) -> Result<(), Error> {
         let force = force == Force::Yes;
         // A damaged record does not count as a running VM.
-        if force && matches!(self.record.state(), Ok(VmState::Running)) {
+        let alive = |state| matches!(state, Ok(VmState::Running | VmState::Restarting(_)));
+        if force && alive(self.record.state()) {
             self.destroy()?;
         }
         match self.record.remove() {

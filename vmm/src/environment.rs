@@ -7,6 +7,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sm_control::config::VmConfig;
+use sm_control::event::EventRecord;
 use sm_control::exit::ExitRecord;
 use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
@@ -71,6 +73,31 @@ pub trait VmRecord: Send + Sync {
 
     /// Returns the path of the socket of the guest's exec server.
     fn exec_socket(&self) -> PathBuf;
+
+    /// Called when the process of the VM has its lock and its files, before the machine is
+    /// started: a new run begins. By default, does nothing.
+    ///
+    /// # Errors
+    /// A file cannot be changed.
+    fn take_over(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Returns the present configuration, of which others may have changed name, labels,
+    /// restart policy and stop timeout since the start; `None`, by default, if it does not
+    /// change.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    fn current_config(&self) -> io::Result<Option<VmConfig>> {
+        Ok(None)
+    }
+
+    /// Logs an event in the life of the VM; by default, does nothing. Never waits for
+    /// another process.
+    fn note_event(&self, event: &EventRecord) {
+        let _ = event;
+    }
 
     /// Creates the log of the workload's output, or opens it at its end.
     ///

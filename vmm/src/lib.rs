@@ -24,6 +24,7 @@
 //! | `serving`, `descriptors` | listeners of published ports; the budget of descriptors |
 //! | `supervisor` | one `poll` loop over the agent, the workload, clients and deadlines: `stage` has the states, `guest_side` the way to a running workload, `clients` their requests, `snapshots` captures, `ending` the exit record and the end |
 //! | `agent`, `conn`, `guest` | the supervisor's view of the agent, of streams, and of the machine |
+//! | `restart` | the next run of a VM with a restart policy, which replaces this process |
 //! | `capturing` | captures of a machine, on a thread |
 //!
 //! A program provides records and boot files, and calls [`run_if_vmm`] first in `main`.
@@ -132,6 +133,7 @@ mod names;
 mod paging;
 mod prefetch;
 mod process;
+mod restart;
 pub mod saved;
 mod serving;
 mod source;

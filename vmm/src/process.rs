@@ -40,7 +40,12 @@ pub(super) fn main(environment: &dyn VmmEnvironment) -> io::Result<()> {
     let host = Native::open().inspect(Native::prepare_vm);
     let opened = Phase::now("hypervisor opened");
 
-    let (request, lock) = receive_request(&launcher)?;
+    let Received {
+        request,
+        lock,
+        listener,
+    } = receive_request(&launcher)?;
+    let (existing, restarts) = (request.existing, request.restarts.count);
     let record = environment.open_record(&request)?;
     let mut phases = request.phases.clone();
     phases.extend([started, opened]);
@@ -54,7 +59,7 @@ pub(super) fn main(environment: &dyn VmmEnvironment) -> io::Result<()> {
             environment,
             request,
             record,
-            lock,
+            (lock, listener),
             &launcher,
             terminate,
         )
@@ -63,13 +68,23 @@ pub(super) fn main(environment: &dyn VmmEnvironment) -> io::Result<()> {
         Ok(supervisor) => {
             // The supervisor has the last copy: the stream ends when that is closed.
             drop(launcher);
-            supervisor.run()
+            match supervisor.run()? {
+                Some(next) => Err(next.exec()),
+                None => Ok(()),
+            }
         }
         Err(failure) => {
             tracing::error!(message = failure.message, "the VM cannot be started");
-            refuse(launcher, failure);
-            // The launcher has the cause; an empty record is of no use.
-            record.erase()
+            let exit = not_started(failure, restarts);
+            refuse(launcher, exit.clone());
+            match existing {
+                true => record
+                    .take_over()
+                    .and_then(|()| record.write_exit(&exit))
+                    .and_then(|()| record.remove_sockets()),
+                // The launcher has the cause; an empty record is of no use.
+                false => record.erase(),
+            }
         }
     }
 }
@@ -107,7 +122,17 @@ fn terminate_stream() -> io::Result<UnixStream> {
     Ok(reader)
 }
 
-fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
+/// The launcher's message.
+#[derive(Debug)]
+struct Received {
+    request: LaunchRequest,
+    /// The record's lock.
+    lock: File,
+    /// The control socket of the run before, if this process has replaced that of the run.
+    listener: Option<UnixListener>,
+}
+
+fn receive_request(launcher: &UnixStream) -> io::Result<Received> {
     let bad = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut decoder = FrameDecoder::new();
     let mut fds: Vec<OwnedFd> = Vec::new();
@@ -124,8 +149,13 @@ fn receive_request(launcher: &UnixStream) -> io::Result<(LaunchRequest, File)> {
             return Err(bad("the launcher did not send a request"));
         }
         let request = LaunchRequest::from_json(frame.payload).map_err(io::Error::other)?;
-        return match fds.pop() {
-            Some(lock) => Ok((request, File::from(lock))),
+        let mut fds = fds.into_iter();
+        return match fds.next() {
+            Some(lock) => Ok(Received {
+                request,
+                lock: File::from(lock),
+                listener: fds.next().map(UnixListener::from),
+            }),
             None => Err(bad("the launcher did not send the record's lock")),
         };
     }
@@ -140,7 +170,7 @@ fn assemble(
     environment: &dyn VmmEnvironment,
     request: LaunchRequest,
     record: Arc<dyn VmRecord>,
-    lock: File,
+    (lock, listener): (File, Option<UnixListener>),
     launcher: &UnixStream,
     terminate: UnixStream,
 ) -> Result<Supervisor<super::machine::RunningMachine>, StartFailure> {
@@ -151,18 +181,33 @@ fn assemble(
         .mode(0o600)
         .open(record.console())
         .map_err(io_error("create the console log"))?;
+    // It has the console of one run.
+    console
+        .set_len(0)
+        .map_err(io_error("empty the console log"))?;
+    record
+        .take_over()
+        .map_err(io_error("begin a run of the VM"))?;
     let log = record
         .output_log()
         .map_err(io_error("create the output log"))?;
-    // The directory is private, so no other user can bind or connect.
-    let listener = UnixListener::bind(record.control_socket())
-        .map_err(io_error("create the control socket"))?;
+    let listener = match listener {
+        Some(listener) => listener,
+        // The directory is private, so no other user can bind or connect.
+        None => UnixListener::bind(record.control_socket())
+            .map_err(io_error("create the control socket"))?,
+    };
     let (sender, events) = event_channel().map_err(io_error("create an event descriptor"))?;
     let started = super::machine::start(host, environment, &request, &*record, &console, &sender)?;
     let mut request = request;
     request.phases.extend(started.phases);
+    // A run that its own process starts has no launcher.
+    let launcher = match request.restarts.count {
+        0 => Some(launcher.try_clone()),
+        _ => None,
+    };
     let launcher = launcher
-        .try_clone()
+        .transpose()
         .map_err(io_error("keep the launch stream"))?;
     Supervisor::new(SupervisorParts {
         guest: started.machine,
@@ -179,19 +224,21 @@ fn assemble(
     .map_err(|error| io_error("supervise the VM")(error).into())
 }
 
-/// Sends the launcher the cause of a failed start.
-fn refuse(mut launcher: UnixStream, failure: StartFailure) {
-    let exit = ExitRecord {
+/// Returns the exit record of a start that failed before there was a machine.
+fn not_started(failure: StartFailure, restarts: u32) -> ExitRecord {
+    ExitRecord {
         status: 125,
         reason: ExitReason::StartFailed,
         message: Some(failure.message),
         cause: failure.cause,
-        oom_killed: false,
         finished_ns: unix_nanos(),
-        started_ns: 0,
-        peak_rss_kib: None,
-        phases: Vec::new(),
-    };
+        restarts,
+        ..ExitRecord::lost()
+    }
+}
+
+/// Sends the launcher the cause of a failed start.
+fn refuse(mut launcher: UnixStream, exit: ExitRecord) {
     let payload = ExitStatus {
         status: exit.status,
         peak_rss_kib: None,

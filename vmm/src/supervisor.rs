@@ -12,9 +12,12 @@
 mod admission;
 mod clients;
 mod ending;
+mod events;
 mod guest_side;
+mod health;
 mod machine_end;
 mod output;
+mod restarting;
 mod signals;
 mod snapshots;
 mod stage;
@@ -36,6 +39,8 @@ use sm_control::launch::{LaunchRequest, VmmReport};
 use sm_control::timings::Phase;
 
 use self::clients::ConnectedClient;
+use self::health::Health;
+use self::restarting::EndRequest;
 use self::signals::UnansweredSignal;
 use self::stage::{MachineEnd, Startup, SupervisorStage};
 use super::agent::AgentLink;
@@ -43,6 +48,7 @@ use super::conn::Conn;
 use super::descriptors;
 use super::environment::{OutputLog, VmRecord};
 use super::guest::{EventReceiver, GuestMachine, SupervisorEvent};
+use super::restart::NextRun;
 
 /// The parameters of a supervisor.
 pub(crate) struct SupervisorParts<G> {
@@ -55,8 +61,8 @@ pub(crate) struct SupervisorParts<G> {
     pub(crate) record: Arc<dyn VmRecord>,
     /// The record's lock, which is released when the machine has ended.
     pub(crate) lock: File,
-    /// The launch stream.
-    pub(crate) launcher: UnixStream,
+    /// The launch stream; `None` for a run that the VM's own process has started.
+    pub(crate) launcher: Option<UnixStream>,
     /// The control socket.
     pub(crate) listener: UnixListener,
     /// Becomes readable when this process receives SIGTERM or SIGINT.
@@ -98,13 +104,29 @@ enum SupervisorTimer {
     Idle,
     /// Writing the exit record is retried.
     Record,
+    /// The next run of the VM starts.
+    Restart,
+    /// The run has lasted as long as it may.
+    Expire,
+    /// The next health check starts.
+    Health,
+    /// The health check that runs should have ended.
+    HealthTimeout,
 }
 
 impl SupervisorTimer {
     fn is_of_guest(self) -> bool {
         !matches!(
             self,
-            Self::Accept | Self::Idle | Self::Record | Self::Shortage | Self::Signal
+            Self::Accept
+                | Self::Idle
+                | Self::Record
+                | Self::Shortage
+                | Self::Signal
+                | Self::Restart
+                | Self::Expire
+                | Self::Health
+                | Self::HealthTimeout
         )
     }
 }
@@ -151,6 +173,10 @@ pub(crate) struct Supervisor<G> {
     signal_timeout: Duration,
     power_off_timeout: Duration,
     record_retry: Duration,
+    /// The health of the workload, if it is checked.
+    health: Option<Health>,
+    /// The side that asked for the VM's end.
+    end_request: EndRequest,
     /// The agent's error about the start of the workload; a sentence.
     start_error: Option<String>,
     /// The exit record of the workload, while OOM kills are queried.
@@ -167,6 +193,7 @@ enum PollSource {
     Listener,
     Agent,
     Main,
+    Health,
     Client(u64),
 }
 
@@ -174,7 +201,10 @@ impl<G: GuestMachine> Supervisor<G> {
     pub(crate) fn new(parts: SupervisorParts<G>) -> io::Result<Self> {
         parts.listener.set_nonblocking(true)?;
         parts.terminate.set_nonblocking(true)?;
-        let launcher = ConnectedClient::launcher(parts.launcher, &parts.request)?;
+        let launcher = parts
+            .launcher
+            .map(|stream| ConnectedClient::launcher(stream, &parts.request))
+            .transpose()?;
         let mut supervisor = Self {
             guest: Some(parts.guest),
             events: parts.events,
@@ -205,6 +235,8 @@ impl<G: GuestMachine> Supervisor<G> {
             power_off_timeout: machine_end::POWER_OFF_TIMEOUT,
             record_retry: ending::RECORD_RETRY,
             epoch: String::new(),
+            health: None,
+            end_request: EndRequest::None,
             start_error: None,
             provisional: None,
             timers: Vec::new(),
@@ -212,18 +244,21 @@ impl<G: GuestMachine> Supervisor<G> {
         };
         let timeout = Duration::from_millis(supervisor.request.start_timeout_ms);
         supervisor.set_timer(SupervisorTimer::Start, timeout);
-        supervisor.add_client(launcher);
+        if let Some(launcher) = launcher {
+            supervisor.add_client(launcher);
+        }
         for warning in parts.warnings {
             supervisor.report(&VmmReport::Warning(warning));
         }
         Ok(supervisor)
     }
 
-    /// Runs until the VM has ended and every client was notified.
+    /// Runs until the VM has ended and every client was notified. Returns the next run of
+    /// a VM that is restarted.
     ///
     /// # Errors
     /// `poll` failed; the record then says that the VM was lost.
-    pub(crate) fn run(mut self) -> io::Result<()> {
+    pub(crate) fn run(mut self) -> io::Result<Option<NextRun>> {
         while !self.is_finished() {
             for (source, flags) in self.wait()? {
                 self.handle(source, flags);
@@ -235,17 +270,23 @@ impl<G: GuestMachine> Supervisor<G> {
             loop {
                 self.pump_agent();
                 self.pump_main();
+                self.pump_health_check();
                 self.pump_clients();
+                self.flush_health_check();
                 if !self.flush() {
                     break;
                 }
             }
         }
-        Ok(())
+        Ok(self.take_next_run())
     }
 
     fn is_finished(&self) -> bool {
-        self.guest.is_none() && self.clients.is_empty() && !self.stage.is_unwritten()
+        let is_left = match self.stage.is_restarting() {
+            true => self.stage.is_restart_due(),
+            false => self.clients.is_empty(),
+        };
+        self.guest.is_none() && is_left && !self.stage.is_unwritten()
     }
 
     /// Waits for descriptors or the next deadline. Descriptors without interest are not
@@ -266,7 +307,7 @@ impl<G: GuestMachine> Supervisor<G> {
             let fd = PollFd::from_borrowed_fd(self.events.fd(), PollFlags::IN);
             add(PollSource::Notices, fd);
         }
-        if self.guest.is_some() || self.stage.is_unwritten() {
+        if self.guest.is_some() || self.stage.is_unwritten() || self.stage.is_restarting() {
             add(
                 PollSource::Terminate,
                 PollFd::new(&self.terminate, PollFlags::IN),
@@ -287,6 +328,9 @@ impl<G: GuestMachine> Supervisor<G> {
             if !flags.is_empty() {
                 add(PollSource::Main, PollFd::from_borrowed_fd(main.fd(), flags));
             }
+        }
+        if let Some((fd, flags)) = self.health_interest() {
+            add(PollSource::Health, PollFd::from_borrowed_fd(fd, flags));
         }
         for (&id, client) in &self.clients {
             if let Some(flags) = self.client_interest(client) {
@@ -336,7 +380,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 let _ = self.terminate.read(&mut [0; 16]);
                 match self.stage.is_unwritten() {
                     true => self.abandon_record(),
-                    false => self.stop(None),
+                    false => self.stop(EndRequest::Host, None),
                 }
             }
             PollSource::Listener => self.accept(),
@@ -350,9 +394,10 @@ impl<G: GuestMachine> Supervisor<G> {
                     main.read();
                 }
             }
+            PollSource::Health if flags.intersects(input) => self.read_health_check(),
             PollSource::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
             // The stream is only writable: the flush follows.
-            PollSource::Agent | PollSource::Main | PollSource::Client(_) => {}
+            PollSource::Agent | PollSource::Main | PollSource::Health | PollSource::Client(_) => {}
         }
     }
 

@@ -8,6 +8,7 @@ use sm_runtime::Publication;
 use sm_runtime::image::Platform;
 use sm_runtime::publish::Ports;
 
+use super::life::LifeArgs;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
 use crate::units::{self, parse_publish_wait, parse_size};
 
@@ -56,6 +57,21 @@ pub(crate) struct RunArgs {
     /// Run in the background and print the VM's ID
     #[arg(short, long)]
     pub(crate) detach: bool,
+    /// Print the duration of each phase
+    #[arg(long)]
+    pub(crate) timings: bool,
+    /// Write the ID of the VM's process on the host to a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) create: CreateArgs,
+}
+
+/// Options of a new VM.
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    #[command(flatten)]
+    pub(crate) life: LifeArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
     /// Remove the VM when it exits
@@ -159,11 +175,9 @@ pub(crate) struct RunArgs {
     /// Time limit for the start of the guest, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub(crate) start_timeout: u64,
-    /// Print the duration of each phase
-    #[arg(long)]
-    pub(crate) timings: bool,
-    /// Print a JSON object about the VM: with --detach its identity to standard output,
-    /// else identity, exit status and timings to standard error at the exit
+    /// Print a JSON object about the VM: its identity to standard output, or, when its
+    /// command runs in the foreground, identity, exit status and timings to standard
+    /// error at the exit
     #[arg(long)]
     pub(crate) json: bool,
     /// Continue the workload of a snapshot instead of starting an image

@@ -1,17 +1,18 @@
-//! `sm stop`, `kill`, `pause`, `unpause`, `reset`, `wait` and `rm`.
+//! `sm stop`, `kill`, `pause`, `unpause`, `reset`, `wait`, `rename`, `update` and `rm`.
 
 use std::time::Duration;
 
 use sm_runtime::signal;
-use sm_runtime::{Error, Force, RecordError, Sm, Vm};
+use sm_runtime::{Error, Force, RecordError, Sm, Vm, VmUpdate};
 
-use crate::args::{KillArgs, RmArgs, StopArgs, VmArgs};
+use crate::args::{KillArgs, RenameArgs, RmArgs, StopArgs, UpdateArgs, VmArgs};
 use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
+use crate::units::parse_label;
 
 /// Applies an operation to each VM, and prints on success the text that it returns, or the
 /// name as given. All are tried; the exit status is [`FAILED`] if one fails.
-fn each(
+pub(super) fn each(
     sm: &Sm,
     vms: &[String],
     printer: &Printer,
@@ -76,6 +77,32 @@ pub(crate) fn reset(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Fa
 pub(crate) fn wait(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
     each(sm, &args.vms, printer, |mut vm| {
         Ok(Some(vm.wait()?.status.to_string()))
+    })
+}
+
+pub(crate) fn rename(sm: &Sm, args: &RenameArgs) -> Result<u32, Failure> {
+    sm.vm(&args.vm)?.rename(&args.name)?;
+    Ok(0)
+}
+
+pub(crate) fn update(sm: &Sm, args: &UpdateArgs, printer: &Printer) -> Result<u32, Failure> {
+    let mut update = VmUpdate::new();
+    if let Some(policy) = args.restart {
+        update = update.restart(policy);
+    }
+    if let Some(seconds) = args.stop_timeout {
+        update = update.stop_timeout(Duration::from_secs(seconds));
+    }
+    for label in &args.label {
+        let (name, value) = parse_label(label)?;
+        update = update.label(name, value);
+    }
+    for name in &args.remove_label {
+        update = update.remove_label(name.as_str());
+    }
+    each(sm, &args.vms, printer, |mut vm| {
+        vm.update(&update)?;
+        Ok(None)
     })
 }
 

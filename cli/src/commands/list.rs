@@ -1,17 +1,22 @@
 //! `sm ps`, `inspect` and `stats`.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use serde::Serialize;
+use sm_runtime::id::VmId;
 use sm_runtime::publish::{HostEnd, PublishedPort};
-use sm_runtime::{Inspection, Inspections, Sm, StateView, VmStatus};
+use sm_runtime::{Damaged, HealthStatus, Inspection, Inspections, Sm, StateView, VmStatus};
 
-use crate::args::{PortArgs, PsArgs, StatsArgs, VmArgs};
+use super::shown_vm;
+use crate::args::{InspectArgs, PortArgs, PsArgs, StatsArgs};
 use crate::failure::{FAILED, Failure};
+use crate::filter::{Filters, OF_VMS};
 use crate::printer::Printer;
 use crate::table;
+use crate::template::Template;
 use crate::units::{format_age, format_size};
 
 /// Longest command in a table.
@@ -30,74 +35,69 @@ struct Row<'a> {
     created_ns: u64,
     memory: u64,
     cpus: u32,
+    labels: &'a BTreeMap<String, String>,
     #[serde(flatten)]
     state: &'a StateView,
 }
 
 pub(crate) fn ps(sm: &Sm, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let filters = Filters::parse(&args.filter, OF_VMS)?;
+    let template = match args.format.as_str() {
+        "table" | "json" => None,
+        text => Some(Template::parse(text)?),
+    };
     let Inspections {
-        mut vms, damaged, ..
+        mut vms,
+        mut damaged,
+        ..
     } = sm.vms().inspect(PS_TIMEOUT)?;
-    vms.retain(|vm| args.all || vm.state.exit_code.is_none());
+    // As for Docker, these conditions make -a unnecessary.
+    let all = args.all || args.last.is_some() || filters.has("status") || filters.has("exited");
+    vms.retain(|vm| (all || is_up(vm.state.status)) && filters.match_vm(vm));
+    if let Some(last) = args.last {
+        vms.truncate(last);
+    }
+    if !filters.is_empty() {
+        damaged.clear();
+    }
+    let short = |id: &VmId| match args.no_trunc {
+        true => id.as_str().to_owned(),
+        false => id.short().to_owned(),
+    };
     if args.quiet {
-        for vm in &vms {
-            let id = &vm.config.id;
-            printer.line(if args.no_trunc {
-                id.as_str()
-            } else {
-                id.short()
-            });
+        let ids = vms.iter().map(|vm| &vm.config.id);
+        for id in ids.chain(damaged.iter().map(|damaged| &damaged.id)) {
+            printer.line(short(id));
         }
-        for damaged in &damaged {
-            let id = &damaged.id;
-            printer.line(if args.no_trunc {
-                id.as_str()
-            } else {
-                id.short()
-            });
-        }
-    } else if args.format.json() {
-        let states: Vec<_> = damaged.iter().map(StateView::damaged).collect();
-        let damaged = damaged.iter().zip(&states).map(|(damaged, state)| Row {
-            id: damaged.id.as_str(),
-            name: "",
-            image: "",
-            command: &[],
-            created_ns: 0,
-            memory: 0,
-            cpus: 0,
-            state,
-        });
-        let rows: Vec<Row<'_>> = vms
+    } else if args.json || args.format == "json" {
+        print_json(&vms, &damaged, printer)?;
+    } else if let Some(template) = template {
+        let now = SystemTime::now();
+        let rows: Vec<_> = vms
             .iter()
-            .map(|vm| Row {
-                id: vm.config.id.as_str(),
-                name: &vm.config.name,
-                image: &vm.config.image,
-                command: &vm.config.workload.argv,
-                created_ns: since_epoch_ns(vm.config.created),
-                memory: vm.config.memory_bytes,
-                cpus: vm.config.cpus,
-                state: &vm.state,
-            })
-            .chain(damaged)
+            .map(|vm| shown_vm::row(vm, row(vm, now, args.no_trunc)))
             .collect();
-        printer.json(&rows)?;
+        for line in template.render(&rows)? {
+            printer.line(line);
+        }
     } else {
         let now = SystemTime::now();
         let rows = vms.iter().map(|vm| row(vm, now, args.no_trunc));
         let damaged = damaged.iter().map(|damaged| {
-            let id = if args.no_trunc {
-                damaged.id.as_str()
-            } else {
-                damaged.id.short()
-            };
             let status = match damaged.later {
                 true => format!("Unsupported: {}", damaged.reason),
                 false => format!("Damaged: {}", damaged.reason),
             };
             let [image, command, created, ports, name] = ["-"; 5].map(str::to_owned);
-            [id.to_owned(), image, command, created, status, ports, name]
+            [
+                short(&damaged.id),
+                image,
+                command,
+                created,
+                status,
+                ports,
+                name,
+            ]
         });
         let rows: Vec<_> = rows.chain(damaged).collect();
         printer.line(table::render(
@@ -108,6 +108,43 @@ pub(crate) fn ps(sm: &Sm, args: &PsArgs, printer: &Printer) -> Result<u32, Failu
         ));
     }
     Ok(0)
+}
+
+/// Returns true for VMs that are listed without -a: those with a process.
+fn is_up(status: VmStatus) -> bool {
+    !matches!(status, VmStatus::Created | VmStatus::Exited)
+}
+
+fn print_json(vms: &[Inspection], damaged: &[Damaged], printer: &Printer) -> Result<(), Failure> {
+    let states: Vec<_> = damaged.iter().map(StateView::damaged).collect();
+    let none = BTreeMap::new();
+    let damaged = damaged.iter().zip(&states).map(|(damaged, state)| Row {
+        id: damaged.id.as_str(),
+        name: "",
+        image: "",
+        command: &[],
+        created_ns: 0,
+        memory: 0,
+        cpus: 0,
+        labels: &none,
+        state,
+    });
+    let rows: Vec<Row<'_>> = vms
+        .iter()
+        .map(|vm| Row {
+            id: vm.config.id.as_str(),
+            name: &vm.config.name,
+            image: &vm.config.image,
+            command: &vm.config.workload.argv,
+            created_ns: since_epoch_ns(vm.config.created),
+            memory: vm.config.memory_bytes,
+            cpus: vm.config.cpus,
+            labels: &vm.config.labels,
+            state: &vm.state,
+        })
+        .chain(damaged)
+        .collect();
+    printer.json(&rows)
 }
 
 fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {
@@ -201,7 +238,24 @@ fn status(vm: &Inspection, now: SystemTime) -> String {
             exit.status,
             elapsed(exit.finished(), now)
         ),
-        (VmStatus::Running, _) => format!("Up {}", elapsed(state.started, now)),
+        (VmStatus::Restarting, _) => match &state.last_exit {
+            Some(exit) => format!(
+                "Restarting ({}) {} ago",
+                exit.status,
+                elapsed(exit.finished(), now)
+            ),
+            None => "Restarting".to_owned(),
+        },
+        (VmStatus::Running, _) => match &state.health {
+            Some(health) => {
+                let health = match health.status {
+                    HealthStatus::Starting => "health: starting",
+                    other => other.as_str(),
+                };
+                format!("Up {} ({health})", elapsed(state.started, now))
+            }
+            None => format!("Up {}", elapsed(state.started, now)),
+        },
         (VmStatus::Paused, _) => format!("Up {} (paused)", elapsed(state.started, now)),
         (other, _) => {
             let mut text = other.to_string();
@@ -228,19 +282,29 @@ fn elapsed(since: Option<SystemTime>, now: SystemTime) -> String {
     format_age(now.duration_since(since).unwrap_or_default())
 }
 
-pub(crate) fn inspect(sm: &Sm, args: &VmArgs, printer: &Printer) -> Result<u32, Failure> {
+pub(crate) fn inspect(sm: &Sm, args: &InspectArgs, printer: &Printer) -> Result<u32, Failure> {
+    let template = args.format.as_deref();
+    let template = template.filter(|text| *text != "json").map(Template::parse);
+    let template = template.transpose()?;
     let mut found = Vec::new();
     let mut status = 0;
     for query in &args.vms {
         match sm.vm(query).and_then(|vm| vm.inspect()) {
-            Ok(inspection) => found.push(inspection),
+            Ok(inspection) => found.push(shown_vm::inspection(&inspection)?),
             Err(error) => {
                 printer.error(&error.into());
                 status = FAILED;
             }
         }
     }
-    printer.json(&found)?;
+    match template {
+        Some(template) => {
+            for line in template.render(&found)? {
+                printer.line(line);
+            }
+        }
+        None => printer.json(&found)?,
+    }
     Ok(status)
 }
 

@@ -1,6 +1,7 @@
 //! The subcommands, one module for each group.
 
 mod archive;
+mod events;
 mod exec;
 mod images;
 mod kernel;
@@ -8,7 +9,9 @@ mod lifecycle;
 mod list;
 mod logs;
 mod run;
+mod shown_vm;
 mod snapshot;
+mod start;
 
 use clap::CommandFactory as _;
 use sm_runtime::Sm;
@@ -23,6 +26,9 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
     let sm = || Sm::new().map_err(Failure::from);
     match cli.command {
         Command::Run(args) => run::run(begin, &sm()?, *args, printer),
+        Command::Create(args) => run::create(begin, &sm()?, &args, printer),
+        Command::Start(args) => start::start(begin, &sm()?, &args, printer),
+        Command::Restart(args) => start::restart(&sm()?, &args, printer),
         Command::Exec(args) => exec::exec(&sm()?, args),
         Command::Attach(args) => exec::attach(&sm()?, &args, printer),
         Command::Ps(args) => list::ps(&sm()?, &args, printer),
@@ -33,6 +39,9 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Pause(args) => lifecycle::pause(&sm()?, &args, true, printer),
         Command::Unpause(args) => lifecycle::pause(&sm()?, &args, false, printer),
         Command::Wait(args) => lifecycle::wait(&sm()?, &args, printer),
+        Command::Events(args) => events::events(&sm()?, &args, printer),
+        Command::Rename(args) => lifecycle::rename(&sm()?, &args),
+        Command::Update(args) => lifecycle::update(&sm()?, &args, printer),
         Command::Rm(args) => lifecycle::rm(&sm()?, &args, printer),
         Command::Inspect(args) => list::inspect(&sm()?, &args, printer),
         Command::Stats(args) => list::stats(&sm()?, &args, printer),

@@ -1,20 +1,26 @@
-//! `sm run`.
+//! `sm run` and `sm create`.
 
-use std::io::{self, IsTerminal as _};
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
+use sm_runtime::image::Image;
 use sm_runtime::publish::Ports;
 use sm_runtime::timings::Phase;
 use sm_runtime::workload::{Overrides, Rlimit};
-use sm_runtime::{ExitReason, ExitRecord, RunOptions, SignalSender, Sm, Vm};
+use sm_runtime::{
+    ExitReason, ExitRecord, HealthCheck, HealthOptions, RunOptions, SignalSender, Sm, Vm,
+};
 
 use super::images;
-use crate::args::RunArgs;
+use crate::args::{CreateArgs, LifeArgs, RunArgs};
 use crate::failure::{Failure, hint_of_cause};
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
+use crate::units::{parse_label, read_label_file};
 use crate::{terminal, timings};
 
 /// Time for a workload to end after the reader of its output is gone.
@@ -32,21 +38,18 @@ struct Report<'a> {
 }
 
 pub(crate) fn run(begin: Phase, sm: &Sm, args: RunArgs, printer: &Printer) -> Result<u32, Failure> {
-    if args.process.tty && !args.detach && args.process.interactive && !io::stdin().is_terminal() {
+    let create = &args.create;
+    let process = &create.process;
+    if process.tty && !args.detach && process.interactive && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
         )
         .into());
     }
-    if let Some(volume) = args.volume.iter().chain(&args.mount).next() {
-        return Err(anyhow!(
-            "\"{volume}\" cannot be mounted: guests cannot reach files of the host yet. \
-             Put the files into the image, or hand them over as input: \
-             tar -c FILES | sm exec -i VM tar -x"
-        )
-        .into());
-    }
-    let mut vm = match &args.from {
+    refuse_mounts(create)?;
+    let id_file = IdFile::create(create.life.cidfile.as_deref())?;
+    let options = |begin| anyhow::Ok(options(begin, create)?.attach(!args.detach));
+    let mut vm = match &create.from {
         Some(name) => {
             let snapshot = sm.snapshot(name)?;
             if snapshot.config().workload.tty && !args.detach && !io::stdin().is_terminal() {
@@ -56,28 +59,104 @@ pub(crate) fn run(begin: Phase, sm: &Sm, args: RunArgs, printer: &Printer) -> Re
                 )
                 .into());
             }
-            snapshot.run(&options(begin, &args)?)?
+            snapshot.run(&options(begin)?)?
         }
-        None => images::open(sm, &args.image, args.pull, args.platform.as_ref(), printer)?
-            .run(options(begin, &args)?)?,
+        None => open(sm, create, printer)?.run(options(begin)?)?,
     };
+    id_file.write(&vm)?;
+    if let Some(path) = &args.pid_file
+        && let Some(pid) = vm.inspect()?.state.pid
+    {
+        std::fs::write(path, format!("{pid}\n"))
+            .with_context(|| format!("cannot write the process ID to {path:?}"))?;
+    }
     for warning in vm.warnings() {
         printer.note(format_args!("sm: {warning}"));
     }
     if args.detach {
-        if args.json {
-            printer.json(&Report {
-                id: vm.id().as_str(),
-                name: vm.name(),
-                exit: None,
-                timings: timings::steps(vm.phases()),
-            })?;
-        } else {
-            printer.line(vm.id());
-        }
+        print_identity(&vm, create.json, printer)?;
         return Ok(0);
     }
     foreground(&mut vm, &args, printer)
+}
+
+/// Creates a VM without starting it.
+pub(crate) fn create(
+    begin: Phase,
+    sm: &Sm,
+    args: &CreateArgs,
+    printer: &Printer,
+) -> Result<u32, Failure> {
+    refuse_mounts(args)?;
+    let id_file = IdFile::create(args.life.cidfile.as_deref())?;
+    let vm = match &args.from {
+        Some(name) => sm.snapshot(name)?.create(&options(begin, args)?)?,
+        None => open(sm, args, printer)?.create(options(begin, args)?)?,
+    };
+    id_file.write(&vm)?;
+    print_identity(&vm, args.json, printer)?;
+    Ok(0)
+}
+
+fn open(sm: &Sm, args: &CreateArgs, printer: &Printer) -> Result<Image, Failure> {
+    images::open(sm, &args.image, args.pull, args.platform.as_ref(), printer)
+}
+
+fn refuse_mounts(args: &CreateArgs) -> anyhow::Result<()> {
+    if let Some(volume) = args.volume.iter().chain(&args.mount).next() {
+        bail!(
+            "\"{volume}\" cannot be mounted: guests cannot reach files of the host yet. \
+             Put the files into the image, or hand them over as input: \
+             tar -c FILES | sm exec -i VM tar -x"
+        );
+    }
+    Ok(())
+}
+
+fn print_identity(vm: &Vm, json: bool, printer: &Printer) -> Result<(), Failure> {
+    if json {
+        return printer.json(&Report {
+            id: vm.id().as_str(),
+            name: vm.name(),
+            exit: None,
+            timings: timings::steps(vm.phases()),
+        });
+    }
+    printer.line(vm.id());
+    Ok(())
+}
+
+/// The file of `--cidfile`. It is created before the VM, as one that exists belongs to
+/// another VM, and removed if there is no VM in the end.
+struct IdFile(Option<(PathBuf, File)>);
+
+impl IdFile {
+    fn create(path: Option<&Path>) -> anyhow::Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self(None));
+        };
+        let file = File::create_new(path).with_context(|| {
+            format!("cannot create {path:?} for the VM's ID: remove it if its VM is gone")
+        })?;
+        Ok(Self(Some((path.to_owned(), file))))
+    }
+
+    fn write(mut self, vm: &Vm) -> anyhow::Result<()> {
+        if let Some((path, mut file)) = self.0.take() {
+            file.write_all(vm.id().as_str().as_bytes())
+                .with_context(|| format!("cannot write the VM's ID to {path:?}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for IdFile {
+    fn drop(&mut self) {
+        if let Some((path, _)) = self.0.take() {
+            // The failure of the start is the message for the user.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Failure> {
@@ -113,10 +192,10 @@ fn foreground(vm: &mut Vm, args: &RunArgs, printer: &Printer) -> Result<u32, Fai
         phases.clone_from(&with_all(&phases, exit));
         explain(exit, printer);
     }
-    if args.timings && !args.json {
+    if args.timings && !args.create.json {
         printer.note(timings::render(&phases));
     }
-    if args.json {
+    if args.create.json {
         let report = Report {
             id: vm.id().as_str(),
             name: vm.name(),
@@ -174,7 +253,7 @@ impl Remote for Workload {
     }
 }
 
-fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
+fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     let process = &args.process;
     let mut overrides = Overrides::default();
     overrides.command.clone_from(&args.command);
@@ -197,11 +276,11 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         .paging(args.paging.into())
         .auto_remove(args.rm)
         .read_only(args.read_only)
-        .attach(!args.detach)
         .terminal_size(columns, rows)
         .start_timeout(Duration::from_secs(args.start_timeout))
         .publish_wait(args.publish_wait)
         .phases(vec![begin]);
+    options = life(&args.life, options)?;
     // Omitted options must not count as requests for the default.
     if let Some(memory) = args.memory {
         options = options.memory(memory);
@@ -240,6 +319,33 @@ fn options(begin: Phase, args: &RunArgs) -> anyhow::Result<RunOptions> {
         options = options.nameserver(address.as_str());
     }
     Ok(options)
+}
+
+/// Applies the options about a VM's life.
+fn life(args: &LifeArgs, options: RunOptions) -> anyhow::Result<RunOptions> {
+    let mut options = options.restart(args.restart);
+    for path in &args.label_file {
+        for (name, value) in read_label_file(path)? {
+            options = options.label(name, value);
+        }
+    }
+    for label in &args.label {
+        let (name, value) = parse_label(label)?;
+        options = options.label(name, value);
+    }
+    if let Some(expire) = args.expire {
+        options = options.expire(expire);
+    }
+    let mut health = HealthOptions::default();
+    health.disabled = args.no_healthcheck;
+    if let Some(line) = &args.health_cmd {
+        health.command = HealthCheck::shell(line).command;
+    }
+    health.interval = args.health_interval;
+    health.timeout = args.health_timeout;
+    health.start_period = args.health_start_period;
+    health.retries = args.health_retries;
+    Ok(options.health(health))
 }
 
 /// Parses `nofile=1024:2048`; `unlimited` or -1 means no limit.

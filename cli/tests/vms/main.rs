@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fake;
+mod life;
 mod listing;
 mod sessions;
 mod small;

@@ -1,11 +1,14 @@
 //! The configuration in a launch request.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{VmConfig, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms};
+use super::{
+    HealthCheck, RestartPolicy, VmConfig, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms,
+};
 use crate::id::VmId;
 use crate::publish::Publication;
 use crate::workload::Workload;
@@ -43,6 +46,14 @@ pub struct LaunchConfig {
     /// Milliseconds that a connection to a published port waits for a listener in the
     /// guest.
     pub publish_wait_ms: u32,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Condition under which it is started again.
+    pub restart: RestartPolicy,
+    /// Check of the workload's health.
+    pub health: Option<HealthCheck>,
+    /// Milliseconds that each run may take.
+    pub expire_ms: Option<u64>,
 }
 
 impl From<VmConfig> for LaunchConfig {
@@ -62,6 +73,10 @@ impl From<VmConfig> for LaunchConfig {
             stop_timeout,
             publish,
             publish_wait,
+            labels,
+            restart,
+            health,
+            expire,
         } = config;
         Self {
             id,
@@ -78,6 +93,10 @@ impl From<VmConfig> for LaunchConfig {
             stop_timeout_ms: to_ms(stop_timeout),
             publish,
             publish_wait_ms: to_wait_ms(publish_wait),
+            labels,
+            restart,
+            health,
+            expire_ms: expire.map(to_ms),
         }
     }
 }
@@ -99,6 +118,10 @@ impl From<LaunchConfig> for VmConfig {
             stop_timeout_ms,
             publish,
             publish_wait_ms,
+            labels,
+            restart,
+            health,
+            expire_ms,
         } = config;
         Self {
             id,
@@ -115,6 +138,10 @@ impl From<LaunchConfig> for VmConfig {
             stop_timeout: Duration::from_millis(stop_timeout_ms),
             publish,
             publish_wait: from_wait_ms(publish_wait_ms),
+            labels,
+            restart,
+            health,
+            expire: expire_ms.map(Duration::from_millis),
         }
     }
 }

@@ -12,17 +12,23 @@
 //! `tests/forms.rs` hold the JSON of the last two.
 
 mod launch;
+mod life;
 mod record;
+mod start;
 pub mod stored;
 mod view;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub use self::launch::LaunchConfig;
+pub use self::life::{RestartPolicy, UnknownPolicy};
 pub use self::record::{RecordConfigV1, RecordFormError};
+pub use self::start::{SettingsSourceV1, StartSettingsV1};
 pub use self::stored::StoredConfigV1;
 pub use self::view::ConfigView;
+pub use crate::health::HealthCheck;
 use crate::id::VmId;
 use crate::publish::{DEFAULT_WAIT_MS, Publication};
 use crate::workload::Workload;
@@ -68,6 +74,14 @@ pub struct VmConfig {
     pub publish: Vec<Publication>,
     /// Time that a connection to a published port waits for a listener in the guest.
     pub publish_wait: Duration,
+    /// Names and values by which callers find and describe their VMs.
+    pub labels: BTreeMap<String, String>,
+    /// Condition under which it is started again after its end.
+    pub restart: RestartPolicy,
+    /// Check of the workload's health.
+    pub health: Option<HealthCheck>,
+    /// Time that each run may take, after which the VM is stopped.
+    pub expire: Option<Duration>,
 }
 
 impl VmConfig {
@@ -90,6 +104,10 @@ impl VmConfig {
             stop_timeout: Duration::from_secs(10),
             publish: Vec::new(),
             publish_wait: Duration::from_millis(u64::from(DEFAULT_WAIT_MS)),
+            labels: BTreeMap::new(),
+            restart: RestartPolicy::No,
+            health: None,
+            expire: None,
         }
     }
 }

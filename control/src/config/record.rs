@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::VmConfig;
 use super::stored::StoredConfigV1;
+use super::{StartSettingsV1, VmConfig};
 
 /// Failure to read the configuration of a record.
 #[derive(Debug, Error)]
@@ -32,6 +32,10 @@ pub struct RecordConfigV1 {
     /// The other members.
     #[serde(flatten)]
     pub config: StoredConfigV1,
+    /// Settings of its starts; absent in records of versions that could not start a VM
+    /// again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartSettingsV1>,
 }
 
 impl From<VmConfig> for RecordConfigV1 {
@@ -39,11 +43,12 @@ impl From<VmConfig> for RecordConfigV1 {
         Self {
             version: FIRST,
             config: config.into(),
+            start: None,
         }
     }
 }
 
-impl VmConfig {
+impl RecordConfigV1 {
     /// Reads the contents of a record's `config.json`, of any version.
     ///
     /// # Errors
@@ -55,9 +60,29 @@ impl VmConfig {
             #[serde(default = "first_version")]
             version: u32,
         }
+        /// The member beside the configuration.
+        #[derive(Deserialize)]
+        struct Start {
+            #[serde(default)]
+            start: Option<StartSettingsV1>,
+        }
         match serde_json::from_slice::<Version>(json)?.version {
-            FIRST => Ok(serde_json::from_slice::<StoredConfigV1>(json)?.into()),
+            FIRST => Ok(Self {
+                version: FIRST,
+                config: serde_json::from_slice(json)?,
+                start: serde_json::from_slice::<Start>(json)?.start,
+            }),
             other => Err(RecordFormError::UnknownVersion(other)),
         }
+    }
+}
+
+impl VmConfig {
+    /// Reads the contents of a record's `config.json`, of any version.
+    ///
+    /// # Errors
+    /// See [`RecordFormError`].
+    pub fn from_record(json: &[u8]) -> Result<Self, RecordFormError> {
+        Ok(RecordConfigV1::from_record(json)?.config.into())
     }
 }

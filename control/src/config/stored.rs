@@ -4,6 +4,7 @@
 //! so that these can change without changing files. A member may be added with a default;
 //! any other change needs a type of the next version.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -11,8 +12,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::life::is_default;
 use super::{
-    LaunchConfig, VmConfig, default_wait_ms, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms,
+    HealthCheck, LaunchConfig, RestartPolicy, VmConfig, default_wait_ms, from_ns, from_wait_ms,
+    to_ms, to_ns, to_wait_ms,
 };
 use crate::id::VmId;
 use crate::publish::{HostEnd, Publication, TlsEnd};
@@ -53,6 +56,18 @@ pub struct StoredConfigV1 {
     /// guest.
     #[serde(default = "default_wait_ms")]
     pub publish_wait_ms: u32,
+    /// Labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Condition under which it is started again.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub restart: RestartPolicy,
+    /// Check of the workload's health.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthCheck>,
+    /// Milliseconds that each run may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expire_ms: Option<u64>,
 }
 
 /// A [`Workload`].
@@ -152,6 +167,10 @@ impl From<VmConfig> for StoredConfigV1 {
             stop_timeout,
             publish,
             publish_wait,
+            labels,
+            restart,
+            health,
+            expire,
         } = config;
         Self {
             id,
@@ -168,6 +187,10 @@ impl From<VmConfig> for StoredConfigV1 {
             stop_timeout_ms: to_ms(stop_timeout),
             publish: publish.into_iter().map(Into::into).collect(),
             publish_wait_ms: to_wait_ms(publish_wait),
+            labels,
+            restart,
+            health,
+            expire_ms: expire.map(to_ms),
         }
     }
 }
@@ -189,6 +212,10 @@ impl From<StoredConfigV1> for VmConfig {
             stop_timeout_ms,
             publish,
             publish_wait_ms,
+            labels,
+            restart,
+            health,
+            expire_ms,
         } = config;
         Self {
             id,
@@ -205,6 +232,10 @@ impl From<StoredConfigV1> for VmConfig {
             stop_timeout: Duration::from_millis(stop_timeout_ms),
             publish: publish.into_iter().map(Into::into).collect(),
             publish_wait: from_wait_ms(publish_wait_ms),
+            labels,
+            restart,
+            health,
+            expire: expire_ms.map(Duration::from_millis),
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The configuration as JSON for people and scripts.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
 use super::stored::{PublicationV1, WorkloadV1};
-use super::{VmConfig, to_ms, to_ns, to_wait_ms};
+use super::{HealthCheck, RestartPolicy, VmConfig, to_ms, to_ns, to_wait_ms};
 use crate::id::VmId;
 
 /// The configuration as it is printed. Members are added, but not renamed or removed.
@@ -40,6 +41,14 @@ pub struct ConfigView {
     /// Milliseconds that a connection to a published port waits for a listener in the
     /// guest.
     pub publish_wait_ms: u32,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Condition under which it is started again.
+    pub restart: RestartPolicy,
+    /// Check of the workload's health.
+    pub health: Option<HealthCheck>,
+    /// Milliseconds that each run may take.
+    pub expire_ms: Option<u64>,
 }
 
 impl From<VmConfig> for ConfigView {
@@ -59,6 +68,10 @@ impl From<VmConfig> for ConfigView {
             stop_timeout,
             publish,
             publish_wait,
+            labels,
+            restart,
+            health,
+            expire,
         } = config;
         Self {
             id,
@@ -75,6 +88,10 @@ impl From<VmConfig> for ConfigView {
             stop_timeout_ms: to_ms(stop_timeout),
             publish: publish.into_iter().map(Into::into).collect(),
             publish_wait_ms: to_wait_ms(publish_wait),
+            labels,
+            restart,
+            health,
+            expire_ms: expire.map(to_ms),
         }
     }
 }

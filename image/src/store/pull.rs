@@ -52,6 +52,19 @@ impl Store {
         self.pull(reference, options)
     }
 
+    /// Opens the image with this digest; `None` if it is not in the store.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn open_digest(&self, digest: Digest) -> Result<Option<StoredImage>, Error> {
+        let _in_use = self.lock(FlockOperation::LockShared)?;
+        let stored = self.stored(digest)?;
+        if stored.is_some() {
+            self.touch(digest);
+        }
+        Ok(stored)
+    }
+
     /// As [`Self::open_image`], but a registry is always contacted.
     ///
     /// # Errors

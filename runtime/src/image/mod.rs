@@ -3,6 +3,7 @@
 mod store;
 mod users;
 
+use sm_control::config::HealthCheck;
 use sm_control::launch::DiskSegment;
 use sm_control::workload::ImageDefaults;
 pub use sm_image::{
@@ -13,6 +14,7 @@ pub use sm_image::{
 use sm_image::{ImageConfig, Reference, Store, StoredImage};
 
 pub use self::store::Images;
+use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;
 use crate::{Error, Refusal};
 
@@ -77,22 +79,21 @@ impl Image {
         let parsed = Reference::parse_with_aliases(reference)?;
         let store = Store::open(&sm.home().images())?;
         let stored = match fetch.refresh {
-            true => store.pull(&parsed, &fetch.options)?,
+            true => {
+                let stored = store.pull(&parsed, &fetch.options)?;
+                let digest = stored.digest.to_string();
+                let (subject, action) = (EventSubject::Image, EventAction::Pull);
+                let event = EventRecord::now(subject, action, &digest, reference);
+                EventLog::of(sm.home()).note(&event);
+                stored
+            }
             false => store.open_image(&parsed, &fetch.options)?,
         };
         Ok(Self::of(sm, reference, stored))
     }
 
     fn of(sm: &Sm, reference: &str, stored: StoredImage) -> Self {
-        let segments = stored
-            .segments
-            .iter()
-            .map(|segment| DiskSegment {
-                path: segment.path.clone(),
-                offset: segment.offset,
-                len: segment.len,
-            })
-            .collect();
+        let segments = segments(&stored);
         Self {
             sm: sm.clone(),
             reference: reference.to_owned(),
@@ -149,6 +150,40 @@ impl Image {
     }
 }
 
+/// Converts the health check of an image; `None` if it has none, or an unknown kind.
+fn health_check(image: &sm_image::Healthcheck) -> Option<HealthCheck> {
+    let millis = |nanoseconds: i64, default: u64| match u64::try_from(nanoseconds) {
+        Ok(0) | Err(_) => default,
+        Ok(nanoseconds) => (nanoseconds / 1_000_000).max(1),
+    };
+    let (kind, arguments) = image.test.as_deref()?.split_first()?;
+    let check = match (kind.as_str(), arguments) {
+        ("CMD", [_, ..]) => HealthCheck::new(arguments.to_vec()),
+        ("CMD-SHELL", [line]) => HealthCheck::shell(line),
+        _ => return None,
+    };
+    Some(HealthCheck {
+        interval_ms: millis(image.interval, check.interval_ms),
+        timeout_ms: millis(image.timeout, check.timeout_ms),
+        start_period_ms: millis(image.start_period, 0),
+        retries: u32::try_from(image.retries)
+            .ok()
+            .filter(|retries| *retries > 0)
+            .unwrap_or(check.retries),
+        ..check
+    })
+}
+
+/// Returns the segments of an image's root disk.
+pub(crate) fn segments(stored: &StoredImage) -> Vec<DiskSegment> {
+    let segments = stored.segments.iter().map(|segment| DiskSegment {
+        path: segment.path.clone(),
+        offset: segment.offset,
+        len: segment.len,
+    });
+    segments.collect()
+}
+
 /// Extracts the defaults of the process from an image's configuration.
 fn defaults(config: &ImageConfig) -> ImageDefaults {
     let Some(config) = &config.config else {
@@ -161,5 +196,43 @@ fn defaults(config: &ImageConfig) -> ImageDefaults {
         user: config.user.clone().unwrap_or_default(),
         working_dir: config.working_dir.clone().unwrap_or_default(),
         stop_signal: config.stop_signal.clone(),
+        health: config.healthcheck.as_ref().and_then(health_check),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn converted(json: &str) -> Option<HealthCheck> {
+        health_check(&serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn health_checks_of_images_have_dockers_meaning() {
+        let check = converted(
+            r#"{"Test": ["CMD-SHELL", "curl -f localhost"], "Interval": 5000000000,
+                "Timeout": 100, "StartPeriod": 2000000, "Retries": 2}"#,
+        );
+        let expected = HealthCheck {
+            interval_ms: 5000,
+            timeout_ms: 1,
+            start_period_ms: 2,
+            retries: 2,
+            ..HealthCheck::shell("curl -f localhost")
+        };
+        assert_eq!(check, Some(expected));
+        let plain = converted(r#"{"Test": ["CMD", "true", "x"], "Interval": -1}"#);
+        let expected = HealthCheck::new(vec!["true".to_owned(), "x".to_owned()]);
+        assert_eq!(plain, Some(expected));
+        for none in [
+            "{}",
+            r#"{"Test": []}"#,
+            r#"{"Test": ["NONE"]}"#,
+            r#"{"Test": ["CMD"]}"#,
+            r#"{"Test": ["CMD-SHELL", "a", "b"]}"#,
+        ] {
+            assert_eq!(converted(none), None, "{none}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use sm_image::{
 };
 
 use super::users::{Unknown, image_users};
+use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;
 use crate::{Error, OptionError, Refusal};
 
@@ -183,7 +184,10 @@ impl Images {
     /// # Errors
     /// There is no such image, a snapshot needs it, or the store cannot be changed.
     pub fn remove(&self, query: &str) -> Result<Pruned, Error> {
-        self.removing(|store, users| store.remove(query, users))
+        let removed = self.removing(|store, users| store.remove(query, users))?;
+        let event = EventRecord::now(EventSubject::Image, EventAction::Remove, query, query);
+        EventLog::of(self.sm.home()).note(&event);
+        Ok(removed)
     }
 
     /// Removes unneeded data; see [`PruneOptions`]. Images in use by VMs and snapshots

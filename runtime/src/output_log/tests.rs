@@ -220,3 +220,30 @@ fn a_failed_rotation_is_retried() {
     assert!(text(&seen[0]).starts_with("[sm: 90 bytes"), "{seen:?}");
     assert_eq!(seen[1], (Stream::Stdout, vec![3; 30]));
 }
+
+/// The next run of a VM.
+#[test]
+fn a_log_continues_after_a_writer_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let append = |text: &[u8]| {
+        let mut writer = LogWriter::create(dir.path(), 60).unwrap();
+        writer.append(Stream::Stdout, text).unwrap();
+    };
+    append(b"one");
+    let path = dir.path().join(FILE);
+    let whole = std::fs::read(&path).unwrap();
+    let torn = encode(1, b"lost").unwrap();
+    for cut in 1..torn.len() {
+        std::fs::write(&path, [&whole[..], &torn[..cut]].concat()).unwrap();
+        LogWriter::create(dir.path(), 60).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), whole, "{cut}");
+    }
+    append(b"two");
+    append(b"three");
+    let mut reader = LogReader::open(dir.path()).unwrap();
+    let all: Vec<_> = read_all(&mut reader).into_iter().map(|(_, b)| b).collect();
+    assert_eq!(all, [b"one".to_vec(), b"two".to_vec(), b"three".to_vec()]);
+    // The new file knows how much there was before it.
+    let file = File::open(&path).unwrap();
+    assert_eq!(extent(&file).unwrap().1, Some(11));
+}

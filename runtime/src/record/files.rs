@@ -7,8 +7,9 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sm_control::config::RecordConfigV1;
 
-use super::{RecordError, RecordFormError, VmConfig, io_error};
+use super::{CONFIG, Record, RecordError, RecordFormError, VmConfig, io_error};
 
 pub(super) fn dir_names(directory: &Path) -> Result<Vec<String>, RecordError> {
     let entries = std::fs::read_dir(directory).map_err(io_error("list", directory))?;
@@ -28,8 +29,27 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, R
 }
 
 /// Reads the configuration in a record; `None` if the file does not exist.
-pub(super) fn read_config(path: &Path) -> Result<Option<VmConfig>, RecordError> {
-    read(path, VmConfig::from_record)
+pub(super) fn read_config(path: &Path) -> Result<Option<RecordConfigV1>, RecordError> {
+    read(path, RecordConfigV1::from_record)
+}
+
+impl Record {
+    /// Reads the configuration again, which callers change while the VM runs.
+    pub(crate) fn reread_config(&self) -> Result<VmConfig, RecordError> {
+        match read_config(&self.directory.join(CONFIG))? {
+            Some(read) => Ok(read.config.into()),
+            None => Err(RecordError::NotFound(self.config.name.clone())),
+        }
+    }
+
+    /// Writes the configuration durably to the record in `directory`.
+    pub(super) fn write_config(&self, directory: &Path) -> Result<(), RecordError> {
+        let stored = RecordConfigV1 {
+            start: self.start.clone(),
+            ..RecordConfigV1::from(self.config.clone())
+        };
+        write_json(directory, CONFIG, &stored)
+    }
 }
 
 /// Returns name and removal of a record of a later version, if it has these members.

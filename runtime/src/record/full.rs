@@ -61,7 +61,9 @@ fn created_once_there_is_room(disk: &Path, fill: impl Fn(u64) -> Vec<PathBuf>) {
     let before = files_below(disk);
     for room in 0.. {
         let ballast = fill(room);
-        let created = records.create(Some("vm"), |id, name| Ok(config(id, name)));
+        let created = records.create(&super::tests::named(Some("vm")), |id, name| {
+            Ok(config(id, name))
+        });
         for path in ballast {
             fs::remove_file(path).unwrap();
         }

@@ -2,20 +2,22 @@
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
-use sm_control::config::RecordConfigV1;
+use sm_control::config::{RecordConfigV1, StartSettingsV1};
 use sm_control::id::{VmId, generate_name, is_valid_name};
 use sm_control::with_causes;
 
-use super::files::{dir_names, read_config, read_name, remove_tree, write_json};
+use super::files::{dir_names, read_config, read_name, remove_tree};
 use super::{
-    CONFIG, CONSOLE, ExitRecord, LOCK, Record, RecordError, VmConfig, bury, io_error, is_vanishing,
-    try_lock,
+    CONFIG, CONSOLE, CREATED, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury,
+    io_error, is_vanishing, try_lock,
 };
+use crate::events::{EventAction, EventLog};
 use crate::home::{Home, ensure_private_dir};
 
 /// Prefix of records under creation. Like removed records, they have no lock to test.
@@ -29,8 +31,45 @@ const REGISTRY_LOCK: &str = ".lock";
 pub(crate) struct Records {
     pub(super) directory: PathBuf,
     pub(super) sockets: PathBuf,
-    /// Names of records that were read, and whether they are removed at the exit.
-    known_names: Arc<Mutex<HashMap<VmId, (String, bool)>>>,
+    /// Names of records that were read.
+    known_names: Arc<Mutex<HashMap<VmId, KnownName>>>,
+    events: EventLog,
+}
+
+/// The name in a configuration file.
+#[derive(Clone, Debug)]
+struct KnownName {
+    name: String,
+    /// The VM is removed at its exit.
+    auto_remove: bool,
+    /// Identifies the file, which is replaced when the VM gets another name.
+    file: FileIdentity,
+}
+
+/// Inode and time of the last write (seconds and nanoseconds) of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileIdentity(u64, i64, i64);
+
+impl FileIdentity {
+    /// Returns that of the file at `path`; `None` if there is none.
+    fn of(path: &Path) -> Result<Option<Self>, RecordError> {
+        match std::fs::metadata(path) {
+            Ok(file) => Ok(Some(Self(file.ino(), file.mtime(), file.mtime_nsec()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error("examine", path)(error)),
+        }
+    }
+}
+
+/// The parts of a new record besides its configuration.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Draft {
+    /// The name; `None` for a generated one.
+    pub(crate) name: Option<String>,
+    /// Settings of the VM's starts.
+    pub(crate) start: Option<StartSettingsV1>,
+    /// The VM is not started by the caller.
+    pub(crate) idle: bool,
 }
 
 /// A record that cannot be read.
@@ -70,31 +109,24 @@ impl Records {
             directory,
             sockets,
             known_names: Arc::default(),
+            events: EventLog::of(home),
         })
     }
 
-    /// Creates a record under a free name (`name`, or a generated one) and returns its
-    /// lock, which is held. `config` receives the identifier and the name.
+    /// Creates a record under a free name and returns its lock, which is held. `config`
+    /// receives the identifier and the name.
     pub(crate) fn create(
         &self,
-        name: Option<&str>,
+        draft: &Draft,
         config: impl FnOnce(VmId, String) -> Result<VmConfig, crate::Error>,
     ) -> Result<(Record, File), crate::Error> {
-        if let Some(name) = name.filter(|name| !is_valid_name(name)) {
-            return Err(RecordError::BadName(name.to_owned()).into());
-        }
+        let name = draft.name.as_deref();
         let _registry = registry_lock(&self.directory)?;
         let used = self.names()?;
-        let id = self.free_id()?;
+        let id = self.free_id(&used)?;
         let name = match name {
             Some(name) => {
-                if let Some((other, _)) = used.iter().find(|(_, used)| used == name) {
-                    return Err(RecordError::NameTaken {
-                        name: name.to_owned(),
-                        id: other.short().to_owned(),
-                    }
-                    .into());
-                }
+                check_name(name, &id, &used)?;
                 name.to_owned()
             }
             None => (0..)
@@ -109,26 +141,42 @@ impl Records {
             .mode(0o700)
             .create(&fresh)
             .map_err(io_error("create", &fresh))?;
-        let result = self.create_files(&fresh, config);
+        let result = self.create_files(&fresh, config, draft);
         if result.is_err() {
             // A failure of the clean-up must not replace the first error.
             let _ = remove_tree(&fresh);
         }
-        Ok(result?)
+        let (record, lock) = result?;
+        record.note(EventAction::Create, |event| event);
+        Ok((record, lock))
     }
 
-    fn create_files(&self, fresh: &Path, config: VmConfig) -> Result<(Record, File), RecordError> {
-        let lock_path = fresh.join(LOCK);
-        let lock = OpenOptions::new()
-            .create_new(true)
-            .write(true)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(io_error("create", &lock_path))?;
+    fn create_files(
+        &self,
+        fresh: &Path,
+        config: VmConfig,
+        draft: &Draft,
+    ) -> Result<(Record, File), RecordError> {
+        let new_file = |name: &str| {
+            let path = fresh.join(name);
+            let file = OpenOptions::new()
+                .create_new(true)
+                .write(true)
+                .mode(0o600)
+                .open(&path);
+            file.map_err(io_error("create", &path))
+        };
+        let lock = new_file(LOCK)?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| io_error("lock", &lock_path)(errno.into()))?;
-        write_json(fresh, CONFIG, &RecordConfigV1::from(config.clone()))?;
-        let record = self.record(config);
+            .map_err(|errno| io_error("lock", &fresh.join(LOCK))(errno.into()))?;
+        if draft.idle {
+            new_file(CREATED)?;
+        }
+        let record = Record {
+            start: draft.start.clone(),
+            ..self.record(config)
+        };
+        record.write_config(fresh)?;
         DirBuilder::new()
             .mode(0o700)
             .create(&record.sockets)
@@ -142,11 +190,58 @@ impl Records {
         Ok((record, lock))
     }
 
+    /// Changes the configuration of a VM, running or not, durably. `change` returns the
+    /// error for a change that is refused. The VM's process reads the new configuration
+    /// when it needs it.
+    ///
+    /// # Errors
+    /// The record was removed, the change was refused, the new name is taken, or the file
+    /// cannot be written.
+    pub(crate) fn change(
+        &self,
+        record: &Record,
+        change: impl FnOnce(&mut VmConfig) -> Result<(), crate::Error>,
+    ) -> Result<Record, crate::Error> {
+        let _registry = registry_lock(&self.directory)?;
+        let mut record = self.reread(record)?;
+        let before = record.config.clone();
+        change(&mut record.config)?;
+        if record.config == before {
+            return Ok(record);
+        }
+        if record.config.name != before.name {
+            check_name(&record.config.name, &before.id, &self.names()?)?;
+        }
+        record.write_config(&record.directory)?;
+        if record.config.name != before.name {
+            record.note(EventAction::Rename, |event| {
+                event.with("old_name", &before.name)
+            });
+        }
+        let mut renamed = before;
+        renamed.name.clone_from(&record.config.name);
+        if record.config != renamed {
+            record.note(EventAction::Update, |event| event);
+        }
+        Ok(record)
+    }
+
+    /// Reads a record again. The caller holds the registry's lock.
+    pub(super) fn reread(&self, record: &Record) -> Result<Record, RecordError> {
+        match read_config(&record.directory.join(CONFIG))? {
+            Some(read) if !record.is_vanishing() => Ok(self.stored(read)),
+            _ => Err(RecordError::NotFound(record.config.name.clone())),
+        }
+    }
+
     /// Returns an identifier whose short form is free, because that names the directory
     /// of the sockets (whose paths must stay under 108 bytes).
-    fn free_id(&self) -> Result<VmId, RecordError> {
+    fn free_id(&self, used: &[(VmId, String)]) -> Result<VmId, RecordError> {
         loop {
             let id = VmId::generate();
+            if used.iter().any(|(other, _)| other.short() == id.short()) {
+                continue;
+            }
             let path = self.sockets.join(id.short());
             match path.try_exists() {
                 Ok(false) => return Ok(id),
@@ -161,6 +256,16 @@ impl Records {
             directory: self.directory.join(config.id.as_str()),
             sockets: self.sockets.join(config.id.short()),
             config,
+            start: None,
+            events: self.events.clone(),
+        }
+    }
+
+    /// Returns the record with the contents of its `config.json`.
+    fn stored(&self, read: RecordConfigV1) -> Record {
+        Record {
+            start: read.start,
+            ..self.record(read.config.into())
         }
     }
 
@@ -192,8 +297,8 @@ impl Records {
             };
             let path = self.directory.join(id.as_str()).join(CONFIG);
             let (reason, later) = match read_config(&path) {
-                Ok(Some(config)) if config.id == id => {
-                    let record = self.record(config);
+                Ok(Some(read)) if read.config.id == id => {
+                    let record = self.stored(read);
                     if vanishing || !record.is_vanishing() {
                         records.push(record);
                     }
@@ -201,7 +306,7 @@ impl Records {
                 }
                 // The record has disappeared in the meantime.
                 Ok(None) => continue,
-                Ok(Some(config)) => (format!("{path:?} is of VM {}", config.id), false),
+                Ok(Some(read)) => (format!("{path:?} is of VM {}", read.config.id), false),
                 Err(error) => (with_causes(&error), error.is_of_later_version()),
             };
             damaged.push(Damaged { id, reason, later });
@@ -210,8 +315,8 @@ impl Records {
         Ok((records, damaged))
     }
 
-    /// Returns the names in use. Each record is read only once, as its name never
-    /// changes; starting many VMs through one value does not read all records each time.
+    /// Returns the names in use. Each record is read once and after changes only, so that
+    /// starting many VMs through one value does not read all records each time.
     ///
     /// # Errors
     /// The directory, or a record, cannot be read, so that a name in use may be unknown.
@@ -227,26 +332,34 @@ impl Records {
                 continue;
             };
             let directory = self.directory.join(id.as_str());
-            if !known_names.contains_key(&id) {
-                match read_config(&directory.join(CONFIG)) {
-                    Ok(Some(config)) => {
-                        known_names.insert(id.clone(), (config.name, config.auto_remove));
-                    }
+            let Some(file) = FileIdentity::of(&directory.join(CONFIG))? else {
+                continue;
+            };
+            if known_names.get(&id).is_none_or(|known| known.file != file) {
+                let (name, auto_remove) = match read_config(&directory.join(CONFIG)) {
+                    Ok(Some(read)) => (read.config.name, read.config.auto_remove),
                     Err(error) if error.is_of_later_version() => {
-                        if let Some((name, auto_remove)) = read_name(&directory.join(CONFIG)) {
-                            known_names.insert(id.clone(), (name, auto_remove));
+                        match read_name(&directory.join(CONFIG)) {
+                            Some(named) => named,
+                            None => continue,
                         }
                     }
                     // A record that has disappeared, or whose name is lost, has none.
-                    Ok(None) | Err(RecordError::Form { .. }) => {}
+                    Ok(None) | Err(RecordError::Form { .. }) => continue,
                     Err(error) => return Err(error),
-                }
+                };
+                let known = KnownName {
+                    name,
+                    auto_remove,
+                    file,
+                };
+                known_names.insert(id.clone(), known);
             }
-            let Some((name, auto_remove)) = known_names.get(&id) else {
+            let Some(known) = known_names.get(&id) else {
                 continue;
             };
-            if !is_vanishing(&directory, *auto_remove) {
-                names.push((id, name.clone()));
+            if !is_vanishing(&directory, known.auto_remove) {
+                names.push((id, known.name.clone()));
             }
         }
         Ok(names)
@@ -347,8 +460,30 @@ impl Records {
     }
 }
 
-/// Cleans up after a VM that is dead.
+/// Checks that VM `id` can have `name`, which none of the `used` may be.
+fn check_name(name: &str, id: &VmId, used: &[(VmId, String)]) -> Result<(), RecordError> {
+    if !is_valid_name(name) {
+        return Err(RecordError::BadName(name.to_owned()));
+    }
+    let taken = used
+        .iter()
+        .find(|(other, used)| used == name && other != id);
+    match taken {
+        Some((other, _)) => Err(RecordError::NameTaken {
+            name: name.to_owned(),
+            id: other.short().to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Cleans up after a VM that is dead, or was never started.
 fn clean_up(record: &Record) -> Result<(), RecordError> {
+    // The start was interrupted before the VM's process took over.
+    record.return_to_idle()?;
+    if record.is_created()? {
+        return record.remove_sockets();
+    }
     // A record without a console log belongs to a VM whose start was aborted. An error
     // does not prove that there is none.
     let console = record.directory.join(CONSOLE);
@@ -360,10 +495,13 @@ fn clean_up(record: &Record) -> Result<(), RecordError> {
         return record.erase();
     }
     record.remove_sockets()?;
-    if !record.has_ended() {
+    if !record.directory.join(EXIT).exists() {
         let mut exit = ExitRecord::lost();
         exit.finished_ns = sm_control::timings::unix_nanos();
         record.write_exit(&exit)?;
+        record.note(EventAction::Die, |event| {
+            event.with("exit_code", exit.status).with("reason", "lost")
+        });
     }
     Ok(())
 }

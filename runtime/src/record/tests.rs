@@ -25,6 +25,14 @@ pub(super) fn config(id: VmId, name: String) -> VmConfig {
     config
 }
 
+/// Returns the draft of a record that its creator starts.
+pub(super) fn named(name: Option<&str>) -> Draft {
+    Draft {
+        name: name.map(str::to_owned),
+        ..Draft::default()
+    }
+}
+
 /// Returns the configuration of a VM that removes itself.
 fn removing_itself(id: VmId, name: String) -> VmConfig {
     let mut config = config(id, name);
@@ -34,7 +42,8 @@ fn removing_itself(id: VmId, name: String) -> VmConfig {
 
 impl Fixture {
     fn create(&self, name: Option<&str>) -> Result<(Record, File), crate::Error> {
-        self.records.create(name, |id, name| Ok(config(id, name)))
+        self.records
+            .create(&named(name), |id, name| Ok(config(id, name)))
     }
 }
 
@@ -107,7 +116,9 @@ fn sweeping_cleans_up_after_dead_vms_only() {
     let_go(lock);
     let (gone, lock) = f
         .records
-        .create(Some("gone"), |id, name| Ok(removing_itself(id, name)))
+        .create(&named(Some("gone")), |id, name| {
+            Ok(removing_itself(id, name))
+        })
         .unwrap();
     let_go(lock);
     std::fs::create_dir(f.records.directory.join(".new-x")).unwrap();
@@ -229,7 +240,11 @@ fn records_are_read_once_by_one_who_makes_many() {
     let (first, _lock) = f.create(Some("first")).unwrap();
     let _second = f.create(Some("second")).unwrap();
     // The record is not read a second time.
-    std::fs::write(first.directory().join(CONFIG), b"{").unwrap();
+    let path = first.directory().join(CONFIG);
+    let written = std::fs::metadata(&path).unwrap().modified().unwrap();
+    std::fs::write(&path, b"{").unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_modified(written).unwrap();
     let error = f.create(Some("first")).unwrap_err();
     assert!(error.to_string().contains("taken"), "{error}");
 }
@@ -238,8 +253,9 @@ fn records_are_read_once_by_one_who_makes_many() {
 fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
     let f = fixture();
     let make = || {
-        f.records
-            .create(Some("again"), |id, name| Ok(removing_itself(id, name)))
+        f.records.create(&named(Some("again")), |id, name| {
+            Ok(removing_itself(id, name))
+        })
     };
     let (first, _lock) = make().unwrap();
     assert!(make().is_err());
@@ -252,8 +268,9 @@ fn an_ended_vm_that_removes_itself_frees_its_name_at_once() {
 fn a_name_is_free_while_the_record_of_an_ended_vm_disappears() {
     let f = fixture();
     let create = || {
-        f.records
-            .create(Some("again"), |id, name| Ok(removing_itself(id, name)))
+        f.records.create(&named(Some("again")), |id, name| {
+            Ok(removing_itself(id, name))
+        })
     };
     let (mut record, _lock) = create().unwrap();
     for round in 0..500 {
@@ -279,7 +296,7 @@ fn the_record_of_an_ended_vm_stays_out_of_listings_while_it_disappears() {
     for round in 0..500 {
         let (record, _lock) = f
             .records
-            .create(None, |id, name| Ok(removing_itself(id, name)))
+            .create(&named(None), |id, name| Ok(removing_itself(id, name)))
             .unwrap();
         record.write_exit(&exit(0)).unwrap();
         let begin = std::sync::Barrier::new(2);
@@ -299,30 +316,36 @@ fn the_record_of_an_ended_vm_stays_out_of_listings_while_it_disappears() {
 fn the_name_of_a_record_of_a_later_version_is_taken() {
     let dir = tempfile::tempdir().unwrap();
     let make = |id, name| Ok(config(id, name));
-    let (record, _lock) = fixture_in(dir.path()).create(Some("web"), make).unwrap();
+    let (record, _lock) = fixture_in(dir.path())
+        .create(&named(Some("web")), make)
+        .unwrap();
     let later = br#"{"version": 99, "name": "web", "more": [1]}"#;
     std::fs::write(record.directory().join(CONFIG), later).unwrap();
     let records = fixture_in(dir.path());
-    let taken = records.create(Some("web"), make).unwrap_err();
+    let taken = records.create(&named(Some("web")), make).unwrap_err();
     assert!(taken.to_string().contains("taken"), "{taken}");
-    records.create(Some("other"), make).unwrap();
+    records.create(&named(Some("other")), make).unwrap();
     // One without a name prevents nothing.
     std::fs::write(record.directory().join(CONFIG), br#"{"version": 99}"#).unwrap();
-    fixture_in(dir.path()).create(Some("web"), make).unwrap();
+    fixture_in(dir.path())
+        .create(&named(Some("web")), make)
+        .unwrap();
 }
 
 #[test]
 fn a_name_is_not_free_while_its_record_cannot_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let make = |id, name| Ok(config(id, name));
-    let (record, _lock) = fixture_in(dir.path()).create(Some("web"), make).unwrap();
+    let (record, _lock) = fixture_in(dir.path())
+        .create(&named(Some("web")), make)
+        .unwrap();
     // The record exists, and reading its configuration fails, also for root.
     let path = record.directory().join(CONFIG);
     let aside = record.directory().join("aside");
     std::fs::rename(&path, &aside).unwrap();
     std::fs::create_dir(&path).unwrap();
     let records = fixture_in(dir.path());
-    let error = records.create(Some("web"), make).unwrap_err();
+    let error = records.create(&named(Some("web")), make).unwrap_err();
     let text = sm_control::with_causes(&error);
     assert!(
         text.contains(CONFIG) && text.contains("directory"),
@@ -330,7 +353,7 @@ fn a_name_is_not_free_while_its_record_cannot_be_read() {
     );
     std::fs::remove_dir(&path).unwrap();
     std::fs::rename(&aside, &path).unwrap();
-    let taken = records.create(Some("web"), make).unwrap_err();
+    let taken = records.create(&named(Some("web")), make).unwrap_err();
     assert!(taken.to_string().contains("taken"), "{taken}");
 }
 

@@ -1,13 +1,16 @@
 //! Options of a start.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use sm_control::config::{RestartPolicy, SettingsSourceV1, StartSettingsV1, VmConfig};
 use sm_control::launch::Paging;
 use sm_control::publish::{DEFAULT_WAIT_MS, Publication};
 use sm_control::timings::Phase;
 use sm_guest_proto::forward::MAX_WAIT_MS;
 
+use super::HealthOptions;
 use crate::workload::Overrides;
 use crate::{Error, OptionError};
 
@@ -46,6 +49,10 @@ pub struct RunOptions {
     pub(super) phases: Vec<Phase>,
     pub(crate) publish: Vec<Publication>,
     pub(super) publish_wait: Duration,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) restart: RestartPolicy,
+    pub(super) expire: Option<Duration>,
+    pub(super) health: HealthOptions,
 }
 
 impl Default for RunOptions {
@@ -72,6 +79,10 @@ impl Default for RunOptions {
             phases: Vec::new(),
             publish: Vec::new(),
             publish_wait: Duration::from_millis(u64::from(DEFAULT_WAIT_MS)),
+            labels: BTreeMap::new(),
+            restart: RestartPolicy::No,
+            expire: None,
+            health: HealthOptions::default(),
         }
     }
 }
@@ -253,6 +264,61 @@ impl RunOptions {
         self
     }
 
+    /// Adds a label, by which callers find and describe their VMs.
+    #[must_use]
+    pub fn label(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.labels.insert(name.into(), value.into());
+        self
+    }
+
+    /// Sets the condition under which the VM is started again after its end; the default
+    /// is never. The VM's process waits 100 ms before the first restart and twice as long
+    /// before each further one, up to a minute; after a run of 10 s or more, 100 ms again.
+    #[must_use]
+    pub fn restart(mut self, policy: RestartPolicy) -> Self {
+        self.restart = policy;
+        self
+    }
+
+    /// Stops the VM when its workload has run for this time.
+    #[must_use]
+    pub fn expire(mut self, after: Duration) -> Self {
+        self.expire = Some(after);
+        self
+    }
+
+    /// Sets changes of the image's, or the snapshot's, health check.
+    #[must_use]
+    pub fn health(mut self, health: HealthOptions) -> Self {
+        self.health = health;
+        self
+    }
+
+    /// Applies the options that apply to clones of snapshots as well.
+    pub(crate) fn apply_to(&self, config: &mut VmConfig) {
+        config.auto_remove = self.auto_remove;
+        config.publish.clone_from(&self.publish);
+        config.publish_wait = self.clamped_publish_wait();
+        config.labels.clone_from(&self.labels);
+        config.restart = self.restart;
+        config.expire = self.expire;
+        config.health = self.health.applied_to(config.health.take());
+    }
+
+    /// Returns the settings of starts with these options.
+    pub(super) fn settings(&self, source: SettingsSourceV1) -> StartSettingsV1 {
+        StartSettingsV1 {
+            source,
+            cmdline: self.cmdline.clone(),
+            paging: self.paging,
+            upper_size: self.upper_size,
+            shm_size: self.shm_size,
+            extra_hosts: self.extra_hosts.clone(),
+            nameservers: self.nameservers.clone(),
+            start_timeout_ms: super::millis(self.start_timeout),
+        }
+    }
+
     /// Returns the time to wait for a listener, limited to what the protocol permits.
     pub(crate) fn clamped_publish_wait(&self) -> Duration {
         let longest = Duration::from_millis(u64::from(MAX_WAIT_MS));
@@ -265,7 +331,10 @@ impl RunOptions {
         mebibytes.map(|count| count.saturating_mul(MEBIBYTE))
     }
 
-    pub(super) fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.auto_remove && self.restart != RestartPolicy::No {
+            return Err(OptionError::RestartOfRemoved.into());
+        }
         if let Some(memory) = self.memory.filter(|memory| *memory < MIN_MEMORY) {
             let minimum = MIN_MEMORY;
             return Err(OptionError::Memory {

@@ -28,7 +28,7 @@ impl Launched {
                     return Err(not_started(exit));
                 }
                 Some(_) => {}
-                None => return Err(vmm_exited(&self.record, &mut self.child)),
+                None => return Err(vmm_exited(&self.record, &mut self.child, self.existing)),
             }
         }
     }

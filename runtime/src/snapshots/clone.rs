@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use sm_control::id::{hex, random};
+use sm_control::config::SettingsSourceV1;
+use sm_control::id::{VmId, hex, random};
 use sm_control::launch::{SnapshotReport, StartSource};
 use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
@@ -83,24 +84,36 @@ impl Snapshot {
         self.run_in(&records, options)
     }
 
+    /// Creates a VM that continues the workload when [`Vm::start`] starts it. The snapshot
+    /// can be removed before; the VM cannot be started then.
+    ///
+    /// # Errors
+    /// As for [`Self::run`], as far as they concern the options.
+    pub fn create(&self, options: &RunOptions) -> Result<Vm, Error> {
+        check(&self.config, options)?;
+        let source = SettingsSourceV1::Snapshot(self.name().to_owned());
+        let config = |id, name| Ok(self.config_of_clone(options, id, name));
+        run::create_idle(&self.sm, options, source, config)
+    }
+
     /// Like [`Self::run`], for a caller that has already swept the records.
     fn run_in(&self, records: &Records, options: &RunOptions) -> Result<Vm, Error> {
         check(&self.config, options)?;
         let source = StartSource::Snapshot(self.name().to_owned());
-        let config = |id: sm_control::id::VmId, name| {
-            let mut config = self.config.clone();
-            let hostname = options.overrides.hostname.as_deref();
-            config.workload.hostname = hostname.unwrap_or(id.short()).to_owned();
-            config.id = id;
-            config.name = name;
-            config.created = SystemTime::now();
-            config.auto_remove = options.auto_remove;
-            config.stop_timeout = stop_timeout(&self.config, options);
-            config.publish.clone_from(&options.publish);
-            config.publish_wait = options.clamped_publish_wait();
-            Ok(config)
-        };
+        let config = |id, name| Ok(self.config_of_clone(options, id, name));
         run::launch_in(&self.sm, records, options, config, source)?.until_started(options.attach)
+    }
+
+    fn config_of_clone(&self, options: &RunOptions, id: VmId, name: String) -> VmConfig {
+        let mut config = self.config.clone();
+        let hostname = options.overrides.hostname.as_deref();
+        config.workload.hostname = hostname.unwrap_or(id.short()).to_owned();
+        config.id = id;
+        config.name = name;
+        config.created = SystemTime::now();
+        config.stop_timeout = stop_timeout(&self.config, options);
+        options.apply_to(&mut config);
+        config
     }
 }
 
@@ -114,6 +127,7 @@ fn stop_timeout(made_of: &VmConfig, options: &RunOptions) -> Duration {
 /// value are accepted; an option with the default value counts as set.
 fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     let fixed = |option| Err(OptionError::Fixed(option).into());
+    options.check()?;
     let mut overrides = options.overrides.clone();
     overrides.hostname = None;
     if overrides != Overrides::default() {

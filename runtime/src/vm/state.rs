@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use serde::{Serialize, Serializer};
 use sm_control::config::ConfigView;
+use sm_control::launch::HealthReport;
 use sm_control::publish::PublishedPort;
 
 use crate::record::{ExitRecord, VmConfig};
@@ -52,6 +53,15 @@ pub struct StateView {
     /// The complete record of the exit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit: Option<ExitRecord>,
+    /// While the VM runs or is about to be restarted, the record of its previous exit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<ExitRecord>,
+    /// Health of the workload, while it runs and is checked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthReport>,
+    /// Number of restarts by the restart policy since a caller started the VM.
+    #[serde(rename = "restart_count")]
+    pub restarts: u32,
 }
 
 /// The status of a VM.
@@ -59,6 +69,8 @@ pub struct StateView {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum VmStatus {
+    /// It has never been started.
+    Created,
     /// Its workload does not run yet.
     Starting,
     /// Its workload runs.
@@ -67,6 +79,8 @@ pub enum VmStatus {
     Paused,
     /// Its workload has ended, and its process is about to.
     Ending,
+    /// It has exited, and its process is about to start it again.
+    Restarting,
     /// It has exited.
     Exited,
     /// Its process does not answer.
@@ -82,10 +96,12 @@ impl VmStatus {
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Created => "created",
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Ending => "ending",
+            Self::Restarting => "restarting",
             Self::Exited => "exited",
             Self::Unresponsive => "unresponsive",
             Self::Damaged => "damaged",
@@ -125,9 +141,13 @@ mod tests {
             published: Vec::new(),
             exit_code: None,
             exit: None,
+            last_exit: None,
+            health: None,
+            restarts: 0,
         };
         let json = serde_json::json!({
             "status": "starting", "pid": null, "started_ns": 0, "exit_code": null,
+            "restart_count": 0,
         });
         assert_eq!(serde_json::to_value(&state).unwrap(), json);
         state.status = VmStatus::Running;
@@ -135,6 +155,7 @@ mod tests {
         state.epoch = Some("e".to_owned());
         let json = serde_json::json!({
             "status": "running", "pid": null, "started_ns": 17, "epoch": "e", "exit_code": null,
+            "restart_count": 0,
         });
         assert_eq!(serde_json::to_value(&state).unwrap(), json);
         for status in [

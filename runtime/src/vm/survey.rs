@@ -35,6 +35,9 @@ impl StateView {
             published: Vec::new(),
             exit_code: None,
             exit: None,
+            last_exit: None,
+            health: None,
+            restarts: 0,
         }
     }
 
@@ -56,13 +59,22 @@ impl StateView {
     }
 
     /// Returns the view of a VM that answers.
-    pub(super) fn alive(status: Status) -> Self {
+    pub(super) fn alive(record: &Record, status: Status) -> Self {
+        // That of the previous run, or of the run after which the VM is restarted.
+        let last = match status.restarting {
+            true => record.exit(),
+            false => record.last_exit(),
+        };
         Self {
+            last_exit: last.ok().flatten(),
+            restarts: status.restarts,
+            health: status.health,
             pid: Some(status.vmm_pid),
             started: system_time(status.started_ns),
             epoch: Some(status.epoch).filter(|epoch| !epoch.is_empty()),
             published: status.published,
             ..Self::new(match status.stage {
+                _ if status.restarting => VmStatus::Restarting,
                 _ if status.paused => VmStatus::Paused,
                 Stage::Starting => VmStatus::Starting,
                 Stage::Running => VmStatus::Running,
@@ -80,8 +92,16 @@ impl StateView {
             Ok(VmState::Exited(exit)) => Ok(Self {
                 started: exit.started(),
                 exit_code: Some(exit.status),
+                restarts: exit.restarts,
                 exit: Some(exit),
                 ..Self::new(VmStatus::Exited)
+            }),
+            Ok(VmState::Created) => Ok(Self::new(VmStatus::Created)),
+            // The process is about to start the VM again, and its socket is not there.
+            Ok(VmState::Restarting(exit)) => Ok(Self {
+                restarts: exit.restarts,
+                last_exit: Some(exit),
+                ..Self::new(VmStatus::Restarting)
             }),
             // The process is alive, and its socket does not exist yet, or not any more.
             Ok(VmState::Running) => Ok(Self::new(VmStatus::Starting)),
@@ -97,7 +117,7 @@ impl StateView {
     pub(super) fn unresponsive(record: &Record, error: &Error) -> Result<Self, Error> {
         match (error, record.state()) {
             (Error::NotRunning(_), state) => Self::exited(state),
-            (_, Ok(VmState::Running)) => {
+            (_, Ok(VmState::Running | VmState::Restarting(_))) => {
                 Ok(Self::failed(VmStatus::Unresponsive, with_causes(error)))
             }
             // The VM has ended in the meantime.
@@ -138,14 +158,14 @@ fn query_all<'scope, 'r: 'scope>(
     let mut alive = VecDeque::new();
     for (index, record) in records.iter().enumerate() {
         match record.state() {
-            Ok(VmState::Running) => alive.push_back(index),
+            Ok(VmState::Running | VmState::Restarting(_)) => alive.push_back(index),
             other => views[index] = StateView::exited(other).ok(),
         }
     }
     let mut note = |index: usize, answer: io::Result<Status>| {
         let name = &records[index].config().name;
         views[index] = match answer {
-            Ok(status) => Some(StateView::alive(status)),
+            Ok(status) => Some(StateView::alive(&records[index], status)),
             Err(error) => {
                 let error = match error.kind() {
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {

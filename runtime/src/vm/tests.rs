@@ -51,7 +51,13 @@ fn sm_in(directory: &Path) -> Sm {
 fn supervised(sm: &Sm, name: Option<&str>, setup: SupervisorSetup) -> Supervised {
     let records = Records::open(sm.home()).unwrap();
     let (record, lock) = records
-        .create(name, |id, name| Ok(setup.config(id, name)))
+        .create(
+            &crate::record::Draft {
+                name: name.map(str::to_owned),
+                ..Default::default()
+            },
+            |id, name| Ok(setup.config(id, name)),
+        )
         .unwrap();
     // The machine creates the console log when it starts.
     std::fs::write(record.directory().join("console.log"), b"").unwrap();

@@ -5,9 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::PollFlags;
+use sm_control::event::EventAction;
 use sm_control::launch::{ControlAnswer, ControlCall, LaunchRequest, Status, VmmReport};
 use sm_guest_proto::frame::FrameType;
 
+use super::restarting::EndRequest;
 use super::stage::{MachineActivity, Resetting, RunningStage, Startup, SupervisorStage};
 use super::{Supervisor, SupervisorTimer, interest};
 use crate::agent::Purpose;
@@ -250,8 +252,8 @@ impl<G: GuestMachine> Supervisor<G> {
         // A descriptor is free again.
         self.clear_timer(SupervisorTimer::Accept);
         if is_launcher && matches!(self.stage, SupervisorStage::Starting(_)) {
-            // No client knows of this VM, and none will.
-            self.request.config.auto_remove = true;
+            // No client knows of a new VM, and none will.
+            self.request.config.auto_remove |= !self.request.existing;
             self.cancel();
             return;
         }
@@ -284,10 +286,12 @@ impl<G: GuestMachine> Supervisor<G> {
             // The answer comes first, because the end may be immediate.
             ControlCall::Stop { grace_ms } => {
                 self.answer(id, &ControlAnswer::Done);
-                return self.stop(grace_ms);
+                return self.stop(EndRequest::Client, grace_ms);
             }
             ControlCall::Destroy => {
                 self.answer(id, &ControlAnswer::Done);
+                self.end_is_requested(EndRequest::Client);
+                self.cancel_restart(EndRequest::Client);
                 self.destroy("it was removed while it was running");
                 // The record is removed, too.
                 return self.abandon_record();
@@ -315,7 +319,8 @@ impl<G: GuestMachine> Supervisor<G> {
                 return self.start_snapshot(id, plan);
             }
             ControlCall::Wait => {
-                if let Some(exit) = self.stage.exit().cloned() {
+                let exit = self.stage.exit().filter(|exit| !exit.restarting);
+                if let Some(exit) = exit.cloned() {
                     return self.answer(id, &ControlAnswer::Ended(exit));
                 }
                 if let Err(text) = self.check_persistent_limit(id) {
@@ -334,7 +339,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.role = ClientRole::Following;
                     // No more output will follow.
-                    client.closing = self.stage.has_ended();
+                    client.closing = self.stage.has_ended() && !self.stage.is_restarting();
                 }
                 return;
             }
@@ -361,6 +366,9 @@ impl<G: GuestMachine> Supervisor<G> {
                 .as_ref()
                 .map(GuestMachine::published)
                 .unwrap_or_default(),
+            restarting: self.stage.is_restarting(),
+            restarts: self.request.restarts.count,
+            health: self.health_report(),
         }
     }
 
@@ -417,6 +425,11 @@ impl<G: GuestMachine> Supervisor<G> {
         match result {
             Ok(()) => {
                 running.machine = machine;
+                let action = match pause {
+                    true => EventAction::Pause,
+                    false => EventAction::Unpause,
+                };
+                self.note(action, |event| event);
                 ControlAnswer::Done
             }
             Err(text) => ControlAnswer::Error(text),
@@ -461,14 +474,19 @@ impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn close_clients(&mut self) {
         let ended = self.stage.exit().cloned();
         let awaits_snapshot = self.stage.awaited_by();
-        let unwritten = self.stage.is_unwritten();
+        let restarting = self.stage.is_restarting();
+        let calls_on = self.stage.is_unwritten() || restarting;
         for (&id, client) in &mut self.clients {
+            // The end of this run is not that for which they wait.
+            if restarting && matches!(client.role, ClientRole::Waiting | ClientRole::Following) {
+                continue;
+            }
             if let (ClientRole::Waiting, Some(exit)) = (client.role, &ended) {
                 let answer = ControlAnswer::Ended(exit.clone());
                 client.conn.queue_json(FrameType::Control, &answer);
             }
             // Other clients may still ask for the exit status.
-            let calls_on = unwritten && client.role == ClientRole::Control;
+            let calls_on = calls_on && client.role == ClientRole::Control;
             client.closing = awaits_snapshot != Some(id) && !calls_on;
         }
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sm_control::config::LaunchConfig;
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::launch::VmmReport;
 use sm_control::signal;
@@ -12,6 +13,7 @@ use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
 use super::machine_end::DELIVERY_TIMEOUT;
+use super::restarting::EndRequest;
 use super::stage::{Ending, MachineActivity, MachineEnd, RunningStage, SupervisorStage};
 use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::Purpose;
@@ -50,6 +52,13 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorTimer::Signal => self.signals_are_overdue(),
             SupervisorTimer::Idle => self.drop_idle_clients(),
             SupervisorTimer::Record => self.retry_exit_record(),
+            SupervisorTimer::Health => self.start_health_check(),
+            SupervisorTimer::HealthTimeout => self.health_check_timed_out(),
+            SupervisorTimer::Restart => self.restart_is_due(),
+            SupervisorTimer::Expire => {
+                tracing::info!("the VM is stopped, as its time has passed");
+                self.stop(EndRequest::Client, None);
+            }
             SupervisorTimer::Prepare => self.preparing_took_too_long(),
             SupervisorTimer::Kill => self.destroy("the workload did not end when it was killed"),
             SupervisorTimer::OomCheck => self.oom_checked(false),
@@ -70,8 +79,10 @@ impl<G: GuestMachine> Supervisor<G> {
         }
     }
 
-    /// Sends the workload its stop signal, and SIGKILL after the grace.
-    pub(super) fn stop(&mut self, grace_ms: Option<u64>) {
+    /// Sends the workload its stop signal, and SIGKILL after the grace. There is no other
+    /// run.
+    pub(super) fn stop(&mut self, by: EndRequest, grace_ms: Option<u64>) {
+        self.end_is_requested(by);
         match &self.stage {
             SupervisorStage::Starting(_) => self.destroy("it was stopped before its workload ran"),
             SupervisorStage::Resetting(_) => {
@@ -91,13 +102,22 @@ impl<G: GuestMachine> Supervisor<G> {
                 if let Some(agent) = &mut self.agent {
                     agent.signal_main(stop_signal, true, None);
                 }
-                let grace = grace_ms.unwrap_or(self.request.config.stop_timeout_ms);
+                self.note_signal(stop_signal);
+                let grace = grace_ms.unwrap_or_else(|| self.stop_timeout_ms());
                 if let SupervisorStage::Running(running) = &mut self.stage {
                     running.stop_grace = Some(Duration::from_millis(grace));
                 }
                 self.start_grace();
             }
-            SupervisorStage::Ending(_) => {}
+            SupervisorStage::Ending(_) => self.cancel_restart(by),
+        }
+    }
+
+    /// Returns the VM's own stop timeout in milliseconds, which callers may have changed.
+    fn stop_timeout_ms(&self) -> u64 {
+        match self.record.current_config() {
+            Ok(Some(config)) => LaunchConfig::from(config).stop_timeout_ms,
+            Ok(None) | Err(_) => self.request.config.stop_timeout_ms,
         }
     }
 
@@ -322,6 +342,9 @@ impl<G: GuestMachine> Supervisor<G> {
             started_ns: self.started_ns,
             peak_rss_kib: None,
             phases: self.phases.clone(),
+            stopped: false,
+            restarting: false,
+            restarts: self.request.restarts.count,
         }
     }
 
@@ -339,13 +362,22 @@ impl<G: GuestMachine> Supervisor<G> {
         if self.stage.has_ended() {
             return;
         }
+        let restart = self.next_run(&exit);
+        let by_client = self.end_request == EndRequest::Client;
+        let exit = ExitRecord {
+            stopped: by_client || exit.reason == ExitReason::Destroyed,
+            restarting: restart.is_some(),
+            ..exit
+        };
         let written = self.write_exit(&exit, true);
+        self.note_end(&exit);
         let ending = SupervisorStage::Ending(Ending {
             exit: exit.clone(),
             unwritten: !written,
             machine: MachineEnd::Delivering,
             copying: None,
             publishing: None,
+            restart,
         });
         let before = std::mem::replace(&mut self.stage, ending);
         let (copying, publishing) = self.cancel_captures(before);
@@ -354,8 +386,13 @@ impl<G: GuestMachine> Supervisor<G> {
             ending.publishing = publishing;
         }
         self.clear_guest_timers();
+        self.clear_timer(SupervisorTimer::Expire);
+        self.forget_health();
         if !written {
             self.set_timer(SupervisorTimer::Record, self.record_retry);
+        }
+        if let Some(restart) = restart {
+            self.wait_for_restart(restart);
         }
         let payload = ExitStatus {
             status: exit.status,
@@ -367,7 +404,7 @@ impl<G: GuestMachine> Supervisor<G> {
         self.report(&VmmReport::Ended(exit));
         self.close_clients();
         self.main = None;
-        if written {
+        if written && restart.is_none() {
             self.listener = None;
         }
         // Clients do not wait for the release of the machine.
@@ -385,7 +422,7 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     /// Writes the exit record. Returns true if no retry is needed.
-    fn write_exit(&self, exit: &ExitRecord, first: bool) -> bool {
+    pub(super) fn write_exit(&self, exit: &ExitRecord, first: bool) -> bool {
         match self.record.write_exit(exit) {
             Ok(()) if first => true,
             Ok(()) => {
@@ -429,11 +466,14 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     /// Closes the control socket, because the exit record is available.
-    fn close_record(&mut self) {
+    pub(super) fn close_record(&mut self) {
         if let SupervisorStage::Ending(ending) = &mut self.stage {
             ending.unwritten = false;
         }
         self.clear_timer(SupervisorTimer::Record);
+        if self.stage.is_restarting() {
+            return;
+        }
         self.listener = None;
         self.close_clients();
         if self.guest.is_none() {

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use sm_control::event::EventAction;
 use sm_control::exit::FailureCause;
 use sm_control::id::{hex, random};
 use sm_control::launch::{ControlAnswer, StartSource, VmIdentityReport, VmmReport};
@@ -450,6 +451,16 @@ impl<G: GuestMachine> Supervisor<G> {
         self.reach("workload started");
         self.report(&VmmReport::Started { pid });
         self.release_launcher();
+        match &before {
+            SupervisorStage::Resetting(_) => self.note(EventAction::Reset, |event| event),
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Running(_)
+            | SupervisorStage::Ending(_) => self.note(EventAction::Start, |event| event),
+        }
+        self.watch_health();
+        if let Some(expire) = self.request.config.expire_ms {
+            self.set_timer(SupervisorTimer::Expire, Duration::from_millis(expire));
+        }
         if let Some(guest) = &mut self.guest {
             guest.workload_started();
         }

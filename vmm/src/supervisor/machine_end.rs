@@ -135,6 +135,10 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Some(Err(error)) = self.log.take().map(|mut log| log.note_dropped()) {
             tracing::error!(%error, "output is missing from the log");
         }
+        if self.stage.is_restarting() {
+            // The next run takes over the sockets and the lock.
+            return;
+        }
         let cleaned = if self.request.config.auto_remove {
             self.record.erase()
         } else {

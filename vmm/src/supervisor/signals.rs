@@ -10,6 +10,7 @@ use sm_control::launch::ControlAnswer;
 use sm_control::signal::KILL;
 use sm_guest_proto::control::ControlReply;
 
+use super::restarting::EndRequest;
 use super::stage::SupervisorStage;
 use super::{Supervisor, SupervisorTimer, printable};
 use crate::guest::GuestMachine;
@@ -39,6 +40,11 @@ impl<G: GuestMachine> Supervisor<G> {
                 return Some(ControlAnswer::Error(error));
             }
         }
+        // As for Docker, a VM that its user has killed stays ended.
+        let ends = signal == KILL || signal == self.request.config.workload.stop_signal;
+        if ends && matches!(self.stage, SupervisorStage::Running(_)) {
+            self.end_is_requested(EndRequest::Client);
+        }
         let halted = self.stage.is_halted();
         let refusal = match (&self.stage, &mut self.agent) {
             (SupervisorStage::Running(_) | SupervisorStage::Resetting(_), Some(agent))
@@ -49,6 +55,7 @@ impl<G: GuestMachine> Supervisor<G> {
             (SupervisorStage::Running(_) | SupervisorStage::Resetting(_), Some(agent)) => {
                 let Some(client) = client.filter(|_| !halted) else {
                     agent.signal_main(signal, false, None);
+                    self.note_signal(signal);
                     return Some(ControlAnswer::Done);
                 };
                 let number = self.signals_sent;
@@ -60,6 +67,7 @@ impl<G: GuestMachine> Supervisor<G> {
                     signal,
                     deadline: Instant::now() + self.signal_timeout,
                 });
+                self.note_signal(signal);
                 if !self.is_set(SupervisorTimer::Signal) {
                     self.set_timer(SupervisorTimer::Signal, self.signal_timeout);
                 }

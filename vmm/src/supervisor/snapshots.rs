@@ -68,6 +68,7 @@ impl<G: GuestMachine> Supervisor<G> {
                             requested_at: Instant::now(),
                             frozen_us: 0,
                         });
+                        self.leave_out_health_check();
                         self.set_timer(SupervisorTimer::Prepare, self.prepare_timeout);
                         return Ok(());
                     }
@@ -291,6 +292,9 @@ impl<G: GuestMachine> Supervisor<G> {
                     frozen_us: job.frozen_us,
                     ..report
                 };
+                if !job.plan.ephemeral {
+                    self.note_snapshot(&report.name);
+                }
                 self.answer(job.client, &ControlAnswer::Snapshot(report));
                 // The snapshot is kept until the client has opened it, or disconnects.
                 if let Some(client) = self.clients.get_mut(&job.client) {
@@ -343,6 +347,7 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     fn start_reset(&mut self, client: u64) {
+        self.forget_health();
         self.agent = None;
         self.main = None;
         self.phases.clear();

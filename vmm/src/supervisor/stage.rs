@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use sm_control::exit::ExitRecord;
-use sm_control::launch;
+use sm_control::launch::{self, RestartProgress};
 
 use crate::guest::SnapshotPlan;
 
@@ -108,6 +108,18 @@ pub(super) struct Ending {
     pub(super) copying: Option<Copied>,
     /// The captured snapshot that is still being published.
     pub(super) publishing: Option<SnapshotJob>,
+    /// The next run, if there is one.
+    pub(super) restart: Option<PendingRestart>,
+}
+
+/// The next run of a VM that has ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PendingRestart {
+    pub(super) progress: RestartProgress,
+    /// The wait is over.
+    pub(super) due: bool,
+    /// Clients of the run before had their time to read its last bytes.
+    pub(super) late: bool,
 }
 
 /// The purpose of a copy of memory that is complete when its VM has ended.
@@ -237,6 +249,23 @@ impl SupervisorStage {
         match self {
             Self::Ending(ending) => ending.unwritten,
             Self::Starting(_) | Self::Running(_) | Self::Resetting(_) => false,
+        }
+    }
+
+    /// Returns true if the VM has ended, and this process starts another run.
+    pub(super) fn is_restarting(&self) -> bool {
+        self.restart().is_some()
+    }
+
+    /// Returns true if the next run can start, as far as its time has come.
+    pub(super) fn is_restart_due(&self) -> bool {
+        self.restart().is_some_and(|restart| restart.due)
+    }
+
+    fn restart(&self) -> Option<&PendingRestart> {
+        match self {
+            Self::Ending(ending) => ending.restart.as_ref(),
+            Self::Starting(_) | Self::Running(_) | Self::Resetting(_) => None,
         }
     }
 

@@ -7,8 +7,10 @@
     reason = "a test that cannot go on is a failed test"
 )]
 
+mod peer;
+
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -17,18 +19,21 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
-use sm_control::config::VmConfig;
+use sm_control::config::{HealthCheck, RestartPolicy, VmConfig};
 use sm_control::id::VmId;
-use sm_control::launch::{ImageSource, LaunchRequest, Paging, SnapshotReport, StartSource};
+use sm_control::launch::{
+    ImageSource, LaunchRequest, Paging, RestartProgress, SnapshotReport, StartSource,
+};
 use sm_control::session::{Event, Session};
 use sm_control::workload::Workload;
 use sm_control::{Control, Endpoint};
 use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, Refreshed};
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
-use sm_guest_proto::frame::{self, ExitStatus, FrameHeader, FrameType, HEADER_LEN};
+use sm_guest_proto::frame::FrameType;
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
+pub use self::peer::{FramedPeer, in_own_process};
 use super::{Supervisor, SupervisorParts};
 use crate::conn::shortage;
 use crate::environment::VmRecord;
@@ -36,6 +41,7 @@ use crate::guest::{
     AfterCapture, EventSender, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotPlan,
     SupervisorEvent, event_channel,
 };
+use crate::restart::NextRun;
 
 /// A machine without a guest: streams to it go to the test.
 pub(crate) struct FakeGuest {
@@ -188,65 +194,6 @@ impl GuestMachine for FakeGuest {
     }
 }
 
-/// A blocking peer with framing.
-#[derive(Debug)]
-pub struct FramedPeer(pub UnixStream);
-
-impl FramedPeer {
-    /// Returns the next frame; `None` at the end of the stream.
-    ///
-    /// # Panics
-    /// The bytes are no frame.
-    pub fn receive(&mut self) -> Option<(FrameType, Vec<u8>)> {
-        let mut header = [0; HEADER_LEN];
-        self.0.read_exact(&mut header).ok()?;
-        let header = FrameHeader::decode(header).unwrap();
-        let mut payload = vec![0; header.len];
-        self.0.read_exact(&mut payload).unwrap();
-        Some((header.kind, payload))
-    }
-
-    /// Sends a frame.
-    ///
-    /// # Panics
-    /// The frame is too long, or the peer has disconnected.
-    pub fn send(&mut self, kind: FrameType, payload: &[u8]) {
-        let mut bytes = Vec::new();
-        frame::encode(kind, payload, &mut bytes).unwrap();
-        self.0.write_all(&bytes).unwrap();
-    }
-
-    /// Sends a message in a frame for messages.
-    ///
-    /// # Panics
-    /// See [`Self::send`].
-    pub fn send_json(&mut self, message: &impl serde::Serialize) {
-        self.send(FrameType::Control, &serde_json::to_vec(message).unwrap());
-    }
-
-    /// Returns the message of the next frame, which must be of the `expected` type.
-    ///
-    /// # Panics
-    /// The next frame has another type.
-    pub fn receive_json<T: serde::de::DeserializeOwned>(&mut self, expected: FrameType) -> T {
-        let (kind, payload) = self.receive().expect("a frame");
-        assert_eq!(kind, expected);
-        serde_json::from_slice(&payload).unwrap()
-    }
-
-    /// Sends the exit of the workload.
-    ///
-    /// # Panics
-    /// See [`Self::send`].
-    pub fn exit(&mut self, status: u32) {
-        let exit = ExitStatus {
-            status,
-            peak_rss_kib: Some(7),
-        };
-        self.send(FrameType::Exit, &exit.to_payload());
-    }
-}
-
 /// A supervisor on a thread, or before its start, with its environment.
 #[derive(Debug)]
 pub struct Fixture<R> {
@@ -261,7 +208,7 @@ pub struct Fixture<R> {
     pub(crate) guest: Arc<FakeState>,
     #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) terminate: UnixStream,
-    thread: Option<std::thread::JoinHandle<io::Result<()>>>,
+    thread: Option<std::thread::JoinHandle<io::Result<Option<NextRun>>>>,
 }
 
 /// Deviations from the defaults of a test.
@@ -290,6 +237,14 @@ pub struct SupervisorSetup {
     pub(crate) signal_timeout: Option<Duration>,
     /// Number of sends at the start for which the kernel lacks memory.
     pub(crate) shortage: u32,
+    /// True if the record existed before the start.
+    pub(crate) existing: bool,
+    pub(crate) restart: RestartPolicy,
+    pub(crate) expire: Option<Duration>,
+    /// Retries of the workload's health check, if it has one.
+    pub(crate) health_retries: Option<u32>,
+    /// Milliseconds of the wait before this run, if a restart policy has started it.
+    pub(crate) restarted: Option<u64>,
 }
 
 impl SupervisorSetup {
@@ -311,6 +266,21 @@ impl SupervisorSetup {
         }
     }
 
+    /// Sets the restart policy.
+    #[must_use]
+    pub fn restart(self, restart: RestartPolicy) -> Self {
+        Self { restart, ..self }
+    }
+
+    /// Makes the run one that a restart policy has started after this wait.
+    #[cfg(test)]
+    pub(crate) fn restarted(self, delay_ms: u64) -> Self {
+        Self {
+            restarted: Some(delay_ms),
+            ..self
+        }
+    }
+
     /// Returns the configuration of a VM with this setup.
     #[must_use]
     pub fn config(self, id: VmId, name: String) -> VmConfig {
@@ -328,6 +298,13 @@ impl SupervisorSetup {
         config.kernel = "/k".into();
         config.auto_remove = self.auto_remove;
         config.stop_timeout = Duration::from_secs(600);
+        config.restart = self.restart;
+        config.expire = self.expire;
+        config.health = self.health_retries.map(|retries| HealthCheck {
+            interval_ms: 1,
+            retries,
+            ..HealthCheck::new(vec!["check".into()])
+        });
         config
     }
 }
@@ -350,27 +327,6 @@ pub fn fixture<R: VmRecord + Clone + 'static>(
         })),
         ..fixture
     }
-}
-
-/// Runs the test `name`, which is relative to [`module_path`], in a process of its own.
-/// Returns true in that process.
-///
-/// # Panics
-/// The test fails.
-pub fn in_own_process(module: &str, name: &str, command: &mut std::process::Command) -> bool {
-    const OWN: &str = "SM_TEST_OWN_PROCESS";
-    if std::env::var_os(OWN).is_some() {
-        return true;
-    }
-    let (_crate, module) = module.split_once("::").expect("tests are in modules");
-    let test = command
-        .args(["--exact", "--nocapture", &format!("{module}::{name}")])
-        .env(OWN, "1")
-        .output()
-        .unwrap();
-    assert!(test.status.success(), "{test:?}");
-    assert!(String::from_utf8_lossy(&test.stdout).contains("1 passed"));
-    false
 }
 
 pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
@@ -405,6 +361,11 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         rows: 24,
         start_timeout_ms: setup.start_timeout_ms.unwrap_or(600_000),
         phases: Vec::new(),
+        existing: setup.existing,
+        restarts: RestartProgress {
+            count: u32::from(setup.restarted.is_some()),
+            delay_ms: setup.restarted.unwrap_or_default(),
+        },
     };
     let (launcher, theirs) = UnixStream::pair().unwrap();
     if setup.large_buffers {
@@ -441,7 +402,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         events,
         request,
         lock,
-        launcher: theirs,
+        launcher: Some(theirs),
         listener: UnixListener::bind(record.control_socket()).unwrap(),
         terminate: terminated,
         log: record.output_log().unwrap(),
@@ -586,9 +547,14 @@ impl<R> Fixture<R> {
     /// Waits for the end of the supervisor.
     ///
     /// # Panics
-    /// The supervisor failed.
+    /// The supervisor failed, or starts another run.
     pub fn finish(&mut self) {
-        self.thread.take().unwrap().join().unwrap().unwrap();
+        assert!(self.next_run().is_none(), "the VM is restarted");
+    }
+
+    /// Waits for the end of the supervisor; returns the next run.
+    pub(crate) fn next_run(&mut self) -> Option<NextRun> {
+        self.thread.take().unwrap().join().unwrap().unwrap()
     }
 }
 

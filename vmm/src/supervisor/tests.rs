@@ -3,10 +3,12 @@
 mod clients;
 mod ends;
 mod ephemeral;
+mod health;
 mod held;
 mod hostile;
 mod input_output;
 mod record;
+mod restarts;
 mod signals;
 mod snapshots;
 

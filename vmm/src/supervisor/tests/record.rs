@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{FlockOperation, flock};
+use sm_control::event::EventRecord;
 use sm_control::exit::ExitRecord;
 
 use super::*;
@@ -15,6 +16,7 @@ pub(super) struct FakeRecord {
     home: Arc<tempfile::TempDir>,
     directory: PathBuf,
     output: Output,
+    events: Arc<Mutex<Vec<EventRecord>>>,
 }
 
 /// The logged output.
@@ -28,6 +30,7 @@ impl FakeRecord {
             directory: home.path().join("record"),
             home,
             output: Arc::default(),
+            events: Arc::default(),
         };
         fs::create_dir(&record.directory).unwrap();
         fs::create_dir(record.sockets()).unwrap();
@@ -59,6 +62,12 @@ impl FakeRecord {
         }
     }
 
+    /// Returns the actions of the logged events.
+    pub(super) fn events(&self) -> Vec<&'static str> {
+        let events = self.events.lock().unwrap();
+        events.iter().map(|event| event.action.as_str()).collect()
+    }
+
     /// Returns the logged output of the workload.
     pub(super) fn output(&self) -> Vec<u8> {
         let output = self.output.lock().unwrap();
@@ -85,6 +94,10 @@ impl VmRecord for FakeRecord {
 
     fn output_log(&self) -> io::Result<Box<dyn OutputLog>> {
         Ok(Box::new(FakeLog(Arc::clone(&self.output))))
+    }
+
+    fn note_event(&self, event: &EventRecord) {
+        self.events.lock().unwrap().push(event.clone());
     }
 
     fn write_exit(&self, exit: &ExitRecord) -> io::Result<()> {

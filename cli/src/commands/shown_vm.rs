@@ -1,0 +1,155 @@
+//! VMs with the names that Docker's templates and JSON have for containers.
+
+use serde_json::{Map, Value, json};
+use sm_runtime::{ExitRecord, Inspection, VmStatus};
+
+use crate::failure::Failure;
+use crate::moment::timestamp;
+
+/// The time that Docker shows for one that never came.
+const NEVER: &str = "0001-01-01T00:00:00Z";
+
+/// Returns the members of a row of `sm ps` for templates; `cells` are those of the table.
+pub(super) fn row(vm: &Inspection, cells: [String; 7]) -> Value {
+    let [id, image, command, running_for, status, ports, name] = cells;
+    let config = &vm.config;
+    let labels = config.labels.iter();
+    let labels: Vec<String> = labels
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    json!({
+        "ID": id, "Image": image, "Command": command, "RunningFor": running_for,
+        "Status": status, "Ports": ports, "Names": name,
+        "State": vm.state.status.as_str(),
+        "CreatedAt": time(config.created),
+        "Labels": labels.join(","),
+        "LabelMap": config.labels,
+        "Memory": config.memory_bytes, "CPUs": config.cpus,
+        "RestartPolicy": config.restart,
+        "RestartCount": vm.state.restarts,
+    })
+}
+
+/// Returns the JSON of `sm inspect`: that of the library, and `Id`, `Name`, `Created`,
+/// `Image`, `State`, `Config`, `HostConfig` and `RestartCount` as in Docker's.
+pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
+    let mut shown = serde_json::to_value(vm)?;
+    let config = &vm.config;
+    let workload = &config.workload;
+    let dockers = json!({
+        "Id": config.id,
+        "Name": config.name,
+        "Created": time(config.created),
+        "Image": config.image_digest,
+        "RestartCount": vm.state.restarts,
+        "State": state(vm),
+        "Config": {
+            "Image": config.image, "Cmd": workload.argv, "Env": workload.env,
+            "User": workload.user, "WorkingDir": workload.cwd, "Tty": workload.tty,
+            "OpenStdin": workload.stdin, "Hostname": workload.hostname,
+            "Labels": config.labels,
+        },
+        "HostConfig": {
+            "AutoRemove": config.auto_remove, "Memory": config.memory_bytes,
+            "NanoCpus": u64::from(config.cpus).saturating_mul(1_000_000_000),
+            "ReadonlyRootfs": config.read_only,
+            "RestartPolicy": {"Name": policy_name(&config.restart.to_string()),
+                "MaximumRetryCount": retries(&config.restart.to_string())},
+        },
+    });
+    if let (Value::Object(shown), Value::Object(dockers)) = (&mut shown, dockers) {
+        shown.extend(dockers);
+    }
+    Ok(shown)
+}
+
+fn state(vm: &Inspection) -> Value {
+    let state = &vm.state;
+    // While the VM runs, the end of its previous run.
+    let exit = state.exit.as_ref().or(state.last_exit.as_ref());
+    let is_up = matches!(
+        state.status,
+        VmStatus::Running | VmStatus::Paused | VmStatus::Ending | VmStatus::Restarting
+    );
+    let started = match state.status {
+        VmStatus::Restarting => exit.and_then(ExitRecord::started),
+        _ => state.started,
+    };
+    let mut shown = Map::new();
+    let mut set = |name: &str, value: Value| shown.insert(name.to_owned(), value);
+    set("Status", json!(dockers_status(state.status)));
+    set("Running", json!(is_up));
+    set("Paused", json!(state.status == VmStatus::Paused));
+    set("Restarting", json!(state.status == VmStatus::Restarting));
+    set("OOMKilled", json!(exit.is_some_and(|exit| exit.oom_killed)));
+    set("Dead", json!(false));
+    set("Pid", json!(state.pid.unwrap_or(0)));
+    set("ExitCode", json!(exit.map_or(0, |exit| exit.status)));
+    let error = exit.and_then(|exit| exit.message.as_deref());
+    set("Error", json!(error.unwrap_or_default()));
+    set(
+        "StartedAt",
+        json!(started.map_or_else(|| NEVER.to_owned(), time)),
+    );
+    let finished = exit.and_then(ExitRecord::finished);
+    set(
+        "FinishedAt",
+        json!(finished.map_or_else(|| NEVER.to_owned(), time)),
+    );
+    if let Some(health) = &state.health {
+        let at = |ns: u64| timestamp(ns);
+        let log = health.results.iter().map(|result| {
+            json!({
+                "Start": at(result.start_ns), "End": at(result.end_ns),
+                "ExitCode": result.exit_code, "Output": result.output,
+            })
+        });
+        let log: Vec<Value> = log.collect();
+        shown.insert(
+            "Health".to_owned(),
+            json!({
+                "Status": health.status.as_str(), "FailingStreak": health.failing_streak,
+                "Log": log,
+            }),
+        );
+    }
+    Value::Object(shown)
+}
+
+/// Returns Docker's word for a status; it has none for some of ours.
+fn dockers_status(status: VmStatus) -> &'static str {
+    match status {
+        VmStatus::Starting | VmStatus::Ending => VmStatus::Running.as_str(),
+        other => other.as_str(),
+    }
+}
+
+fn policy_name(policy: &str) -> &str {
+    policy.split_once(':').map_or(policy, |(name, _)| name)
+}
+
+fn retries(policy: &str) -> u32 {
+    let max = policy.split_once(':').and_then(|(_, max)| max.parse().ok());
+    max.unwrap_or(0)
+}
+
+fn time(time: std::time::SystemTime) -> String {
+    let since = time
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    timestamp(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_split() {
+        assert_eq!(
+            (policy_name("on-failure:3"), retries("on-failure:3")),
+            ("on-failure", 3)
+        );
+        assert_eq!((policy_name("always"), retries("always")), ("always", 0));
+    }
+}

@@ -1,0 +1,202 @@
+//! VMs with several runs: create, start, restart, restart policies, and their events.
+#![expect(clippy::expect_used, reason = "a failed expectation is a failed test")]
+
+use std::io::{BufRead as _, BufReader};
+
+use serde_json::Value;
+use sm_e2e::{Home, Reaped, image, unique, until};
+
+fn state(home: &Home, name: &str) -> String {
+    let format = "{{.State.Status}} {{.State.ExitCode}} {{.RestartCount}}";
+    let done = home.sm(&["inspect", "-f", format, name]).exits(0);
+    done.out().trim().to_owned()
+}
+
+/// Returns the actions of all events about a VM.
+fn actions(home: &Home, name: &str) -> Vec<String> {
+    let filter = format!("vm={name}");
+    let events = [
+        "events", "--since", "24h", "--until", "0s", "--json", "--filter", &filter,
+    ];
+    let events = home.sm(&events).exits(0).out();
+    let action = |line: &str| {
+        let event: Value = serde_json::from_str(line).expect("a line is JSON");
+        event["action"].as_str().expect("an action").to_owned()
+    };
+    events.lines().map(action).collect()
+}
+
+#[test]
+fn a_vm_is_created_started_stopped_and_started_again() {
+    let home = Home::shared();
+    let name = unique("web");
+    let create = [
+        "create",
+        "--name",
+        &name,
+        "-l",
+        "role=web",
+        "-e",
+        "A=b",
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo run $A; sleep 1000",
+    ];
+    let id = home.sm(&create).exits(0).out();
+    assert_eq!(state(home, &name), "created 0 0");
+    let listed = home.sm(&["ps", "-q", "--no-trunc", "--filter", "status=created"]);
+    assert!(listed.exits(0).out().contains(id.trim()));
+    for round in 1..=3 {
+        assert_eq!(home.sm(&["start", &name]).exits(0).out().trim(), name);
+        assert_eq!(state(home, &name).split(' ').next(), Some("running"));
+        // One that runs is left alone.
+        home.sm(&["start", &name]).exits(0);
+        until("the output is there", || {
+            let log = home.sm(&["logs", &name]).exits(0).out();
+            log == "run b\n".repeat(round)
+        });
+        home.sm(&["stop", "-t", "0", &name]).exits(0);
+        assert_eq!(state(home, &name), "exited 137 0");
+    }
+    let again = home.sm(&["inspect", &name]).exits(0).json();
+    assert_eq!(again[0]["id"], id.trim());
+    home.sm(&["restart", &name]).exits(0);
+    home.sm(&["exec", &name, "true"]).exits(0);
+    home.sm(&["rm", "-f", &name]).exits(0);
+    assert_eq!(
+        actions(home, &name)[..6],
+        ["create", "start", "kill", "die", "stop", "start"]
+    );
+    assert_eq!(actions(home, &name).last().expect("events"), "destroy");
+}
+
+#[test]
+fn a_start_attaches_and_exits_with_the_workloads_status() {
+    let home = Home::shared();
+    let name = unique("cat");
+    let command = "cat; exit 5";
+    home.sm(&[
+        "create",
+        "-i",
+        "--name",
+        &name,
+        &image("busybox"),
+        "sh",
+        "-c",
+        command,
+    ])
+    .exits(0);
+    for text in ["first", "second"] {
+        let done = home.sm_with_input(&["start", "-ai", &name], text.as_bytes());
+        assert_eq!(done.exits(5).out(), text);
+    }
+    home.sm(&["rm", &name]).exits(0);
+}
+
+#[test]
+fn a_start_that_fails_says_why_and_keeps_the_vm() {
+    let home = Home::shared();
+    let name = unique("bad");
+    home.sm(&["create", "--name", &name, &image("busybox"), "/no-such"])
+        .exits(0);
+    for _ in 0..2 {
+        let done = home.sm(&["start", &name]).exits(1);
+        assert!(done.err().contains("no-such"), "{}", done.err());
+        assert_eq!(state(home, &name), "exited 127 0");
+    }
+    home.sm(&["rm", &name]).exits(0);
+}
+
+#[test]
+fn a_workload_that_fails_is_restarted_until_it_is_stopped() {
+    let home = Home::shared();
+    let vm = home.detached(&[
+        "--restart",
+        "on-failure",
+        &image("busybox"),
+        "sh",
+        "-c",
+        "echo again; exit 3",
+    ]);
+    let pid = vm.inspect()["State"]["Pid"].clone();
+    until("it was restarted twice", || {
+        let log = home.sm(&["logs", &vm.name]).exits(0).out();
+        log.lines().count() > 2
+    });
+    assert_eq!(vm.inspect()["State"]["Pid"], pid, "the same process");
+    home.sm(&["stop", &vm.name]).exits(0);
+    let ended = vm.inspect();
+    assert_eq!(ended["State"]["Status"], "exited");
+    assert_eq!(ended["exit"]["stopped"], true);
+    let count = ended["RestartCount"].as_u64().expect("a number");
+    assert!(count >= 2, "{ended}");
+    let actions = actions(home, &vm.name);
+    let starts = actions.iter().filter(|action| *action == "start").count();
+    let dies = actions.iter().filter(|action| *action == "die").count();
+    assert!(starts >= 3 && starts == dies, "{actions:?}");
+}
+
+#[test]
+fn restarts_end_at_their_number_and_a_success_ends_them() {
+    let home = Home::shared();
+    let failing = home.detached(&["--restart", "on-failure:2", &image("busybox"), "false"]);
+    let done = home.sm(&["wait", &failing.name]).exits(0);
+    assert_eq!(done.out().trim(), "1");
+    assert_eq!(state(home, &failing.name), "exited 1 2");
+    let well = home.detached(&["--restart", "on-failure", &image("busybox"), "true"]);
+    home.sm(&["wait", &well.name]).exits(0);
+    assert_eq!(state(home, &well.name), "exited 0 0");
+}
+
+/// The policy is changed while the VM runs.
+#[test]
+fn an_update_applies_to_the_next_end() {
+    let home = Home::shared();
+    let vm = home.detached(&["--restart", "always", &image("busybox"), "sleep", "1000"]);
+    home.sm(&["update", "--restart", "no", &vm.name]).exits(0);
+    let name = unique("renamed");
+    home.sm(&["rename", &vm.name, &name]).exits(0);
+    home.sm(&["exec", &name, "kill", "-9", "1"]).exits(0);
+    home.sm(&["exec", &name, "sh", "-c", "kill -9 $(pidof sleep)"]);
+    home.sm(&["wait", &name]).exits(0);
+    assert!(
+        state(home, &name).starts_with("exited"),
+        "{}",
+        state(home, &name)
+    );
+    home.sm(&["rm", &name]).exits(0);
+}
+
+#[test]
+fn a_vm_ends_when_its_time_is_over() {
+    let home = Home::shared();
+    let vm = home.detached(&["--expire", "1s", "-t", &image("busybox"), "sleep", "1000"]);
+    home.sm(&["wait", &vm.name]).exits(0);
+    assert_eq!(vm.inspect()["exit"]["stopped"], true);
+}
+
+#[test]
+fn events_are_followed_as_they_happen() {
+    let home = Home::new();
+    let mut follower = home.command(&["events", "--format", "{{.action}} {{.name}}"]);
+    let mut follower = Reaped(follower.spawn().expect("sm can be started"));
+    let output = follower.0.stdout.take().expect("stdout is piped");
+    let mut lines = BufReader::new(output).lines();
+    // Only events after its start are shown.
+    until("it watches", || {
+        let maps = format!("/proc/{}/fd", follower.0.id());
+        let fds = std::fs::read_dir(maps).expect("it runs");
+        fds.flatten().any(|fd| {
+            let link = std::fs::read_link(fd.path());
+            link.is_ok_and(|link| link.as_os_str() == "anon_inode:inotify")
+        })
+    });
+    let vm = home.detached(&[&image("busybox"), "sleep", "1000"]);
+    home.sm(&["pause", &vm.name]).exits(0);
+    home.sm(&["unpause", &vm.name]).exits(0);
+    for action in ["create", "start", "pause", "unpause"] {
+        let line = lines.next().expect("a line").expect("text");
+        assert_eq!(line, format!("{action} {}", vm.name));
+    }
+}
