@@ -4,6 +4,7 @@ mod controls;
 mod exec;
 mod poweroff;
 mod prepare;
+mod processes;
 mod progress;
 mod report;
 mod requests;

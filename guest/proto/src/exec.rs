@@ -42,6 +42,35 @@ pub enum ExecControl {
         /// Signal number.
         signal: u8,
     },
+    /// Sent instead of a REQUEST: list the processes of the workload and of commands
+    /// beside it. Answered with STDOUT, the JSON of an array of [`GuestProcess`], and EXIT.
+    /// An agent that does not know the message answers with ERROR and EXIT.
+    Processes,
+}
+
+/// A process in the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestProcess {
+    /// Process identifier, as processes of the workload see it.
+    pub pid: u32,
+    /// That of its parent; 0 for a process whose parent the workload does not see.
+    pub ppid: u32,
+    /// Effective user.
+    pub uid: u32,
+    /// State: a letter, as in `/proc/PID/stat`.
+    pub state: String,
+    /// CPU time in milliseconds.
+    pub cpu_ms: u64,
+    /// Time since its start, in milliseconds.
+    pub age_ms: u64,
+    /// Resident set size in KiB.
+    pub rss_kib: u64,
+    /// Size of its address space in KiB.
+    pub vsz_kib: u64,
+    /// Program and arguments, separated by spaces and cut off at 1000 bytes; its name in
+    /// brackets if it has none.
+    pub command: String,
 }
 
 /// CONTROL messages that the agent sends on an exec connection.

@@ -37,6 +37,7 @@ impl Agent {
                 SessionAction::Signal { pid, signal } => {
                     return self.signal_command(key, pid, signal);
                 }
+                SessionAction::ListProcesses => return self.list_processes(key),
             }
             // Process frames that arrived together with the request.
             let Some(session) = self.sessions.get_mut(key) else {

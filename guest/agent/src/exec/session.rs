@@ -12,6 +12,8 @@
 #[cfg(test)]
 mod tests;
 
+mod answer;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -63,6 +65,8 @@ pub(crate) enum SessionAction {
     AttachMain,
     /// Signal the command with this process identifier.
     Signal { pid: u32, signal: u8 },
+    /// List the processes.
+    ListProcesses,
     /// The session is complete and can be removed.
     Finished,
 }
@@ -322,6 +326,7 @@ impl Session {
             },
             (SessionPhase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
                 Ok(ExecControl::AttachMain) => return SessionAction::AttachMain,
+                Ok(ExecControl::Processes) => return SessionAction::ListProcesses,
                 Ok(ExecControl::Signal { pid, signal }) => {
                     return SessionAction::Signal { pid, signal };
                 }
@@ -364,14 +369,6 @@ impl Session {
             self.signal(number);
         }
         is_meant
-    }
-
-    /// Answers that a request was carried out.
-    pub(crate) fn confirm(&mut self) {
-        self.send_exit(ExitStatus {
-            status: 0,
-            peak_rss_kib: None,
-        });
     }
 
     fn take_hello(&mut self, payload: &[u8]) {
