@@ -6,6 +6,7 @@ mod image;
 mod life;
 mod run;
 mod snapshot;
+mod system;
 
 pub(crate) use image::{
     HistoryArgs, ImageCommand, ImageNames, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, PullArgs,
@@ -14,6 +15,7 @@ pub(crate) use image::{
 pub(crate) use life::{EventsArgs, LifeArgs, RenameArgs, RestartArgs, StartArgs, UpdateArgs};
 pub(crate) use run::{CreateArgs, ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
+pub(crate) use system::{InstallUnitArgs, SystemCommand, SystemPruneArgs, TopArgs};
 
 /// Help of an image argument.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
@@ -86,6 +88,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Show events as they happen, and earlier ones
     Events(EventsArgs),
+    /// List the processes in a VM
+    Top(TopArgs),
     /// Show the resource usage of a running VM
     Stats(StatsArgs),
     /// Manage images in the local store
@@ -119,6 +123,9 @@ pub(crate) enum Command {
     /// Manage guest kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// Start what should run, show disk usage, and remove what is not needed
+    #[command(subcommand)]
+    System(SystemCommand),
     /// Check whether this host can run VMs, and suggest remedies
     Doctor(DoctorArgs),
     /// Print a completion script

@@ -31,6 +31,32 @@ pub(crate) fn render<const N: usize>(header: [&str; N], rows: &[[String; N]]) ->
     lines.join("\n")
 }
 
+/// Like [`render`], with a number of columns that is not known before; the last one is not
+/// padded.
+pub(crate) fn render_columns(header: &[&str], rows: &[Vec<String>]) -> String {
+    let shown = |cell: &String| ShownInline(cell).to_string();
+    let header: Vec<String> = header.iter().map(|&cell| cell.to_owned()).collect();
+    let rows = rows.iter().map(|row| row.iter().map(shown).collect());
+    let rows: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let mut text = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            text.push_str(cell);
+            let padding = width.saturating_sub(cell.chars().count()) + 3;
+            text.extend(std::iter::repeat_n(' ', padding));
+        }
+        text.trim_end().to_owned()
+    };
+    let lines: Vec<String> = rows.iter().map(line).collect();
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

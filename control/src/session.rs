@@ -1,5 +1,6 @@
 //! A client's connection to a command in a guest: the workload, or an exec.
 
+mod exited;
 #[cfg(test)]
 mod tests;
 
@@ -19,6 +20,7 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
+use self::exited::ExitCallback;
 use crate::control::Control;
 use crate::endpoint::Endpoint;
 use crate::error::ControlError;
@@ -66,6 +68,7 @@ pub struct Session {
     reader: BufReader<UnixStream>,
     payload: Vec<u8>,
     writer: SessionWriter,
+    exited: ExitCallback,
 }
 
 impl Session {
@@ -85,7 +88,16 @@ impl Session {
             reader: BufReader::with_capacity(BULK_PAYLOAD, stream),
             payload: Vec::new(),
             writer,
+            exited: ExitCallback::default(),
         })
+    }
+
+    /// Sets a function that is called with the command's status when [`Self::next_event`]
+    /// returns it.
+    #[must_use]
+    pub fn when_exited(mut self, call: impl FnOnce(u32) + Send + Sync + 'static) -> Self {
+        self.exited = ExitCallback::new(call);
+        self
     }
 
     /// Opens a session with the workload of the VM at `endpoint`, over a connection to
@@ -134,6 +146,7 @@ impl Session {
                 }
                 FrameType::Exit => {
                     let exit = frame::ExitStatus::parse(&self.payload).map_err(bad)?;
+                    self.exited.call(exit.status);
                     return Ok(Some(Event::Exit(exit.status)));
                 }
                 FrameType::Control => {

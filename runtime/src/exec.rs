@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use sm_control::Control;
 use sm_control::launch::{ControlAnswer, ControlCall, Stage};
-use sm_control::session::{Aside, Output, Session};
+use sm_control::session::{Aside, Event, Output, Session};
 use sm_control::timed::{connect_until, timed_out};
 use sm_control::workload::merge_env;
 use sm_guest_proto::PROTOCOL_VERSION;
-use sm_guest_proto::exec::{ExecControl, ExecRequest, Hello, Role, StageFile};
+use sm_guest_proto::exec::{ExecControl, ExecRequest, GuestProcess, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
+use crate::events::EventAction;
 use crate::record::Record;
 use crate::{Error, Refusal};
 
@@ -119,12 +120,20 @@ impl ExecBuilder {
     /// malformed.
     pub fn start(self) -> Result<Session, Error> {
         let mut request = self.request;
+        let command = request.argv.join(" ");
         let mut base = self.record.config().workload.env.clone();
         if request.tty {
             base.push("TERM=xterm".to_owned());
         }
         request.env = merge_env(&[&base, &self.env])?;
         refuse_unless_running(&self.record)?;
+        let execution = uuid::Uuid::new_v4().simple().to_string();
+        let note = |action| {
+            self.record.note(action, |event| {
+                event.with("exec_id", &execution).with("command", &command)
+            });
+        };
+        note(EventAction::ExecCreate);
         let stream = connect_exec(&self.record)?;
         let timeout = self.send_timeout;
         let open = || {
@@ -142,10 +151,18 @@ impl ExecBuilder {
             socket.set_write_timeout(None)?;
             Ok(session)
         };
-        open().map_err(timed_out).map_err(|source| Error::Vmm {
+        let session = open().map_err(timed_out).map_err(|source| Error::Vmm {
             operation: "send the command to the VM",
             source,
-        })
+        })?;
+        note(EventAction::ExecStart);
+        let record = self.record.clone();
+        Ok(session.when_exited(move |status| {
+            record.note(EventAction::ExecDie, |event| {
+                let event = event.with("exec_id", &execution).with("command", &command);
+                event.with("exit_code", status)
+            });
+        }))
     }
 
     /// Runs the command to its end and returns its output.
@@ -158,6 +175,50 @@ impl ExecBuilder {
             operation: "run the command in the VM",
             source,
         })
+    }
+}
+
+/// Most bytes of a list of processes that are read from a guest.
+const MAX_LIST: usize = 8 << 20;
+
+/// Asks the agent for the processes in the guest.
+pub(crate) fn processes(record: &Record) -> Result<Vec<GuestProcess>, Error> {
+    refuse_unless_running(record)?;
+    let stream = connect_exec(record)?;
+    let failed = |source| Error::Vmm {
+        operation: "list the processes in the VM",
+        source,
+    };
+    let ask = || {
+        stream.set_read_timeout(Some(EXEC_TIMEOUT))?;
+        stream.set_write_timeout(Some(EXEC_TIMEOUT))?;
+        let mut session = Session::new(stream, None)?;
+        let writer = session.writer();
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+        };
+        writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
+        writer.send_json(FrameType::Control, &ExecControl::Processes)?;
+        let mut list = Vec::new();
+        let mut refusal = None;
+        while let Some(event) = session.next_event()? {
+            match event {
+                Event::Stdout(bytes) if list.len() < MAX_LIST => list.extend_from_slice(bytes),
+                Event::Stdout(_) => return Err(io::Error::other("the list is too long")),
+                Event::Error(text) => refusal = Some(text),
+                Event::Exit(0) => return Ok(Ok(serde_json::from_slice(&list)?)),
+                Event::Exit(status) => {
+                    let status = || format!("the guest agent answered with status {status}");
+                    return Ok(Err(refusal.unwrap_or_else(status)));
+                }
+                _ => {}
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
+    };
+    match ask().map_err(timed_out).map_err(failed)? {
+        Ok(processes) => Ok(processes),
+        Err(text) => Err(Refusal::Vm(text).into()),
     }
 }
 

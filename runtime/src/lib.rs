@@ -59,6 +59,7 @@ mod record;
 mod run;
 mod sm;
 pub mod snapshots;
+mod system;
 mod vm;
 
 pub use doctor::Check;
@@ -83,7 +84,9 @@ pub use sm_control::launch::{
 pub use sm_control::publish::{self, Publication};
 pub use sm_control::{signal, timings};
 pub use sm_guest_proto::control::GuestStats;
+pub use sm_guest_proto::exec::GuestProcess;
 pub use snapshots::Snapshot;
+pub use system::{DiskUsage, Resumed};
 pub use vm::{
     AfterSnapshot, Force, Input, Inspection, Inspections, SignalSender, StateView, Vm, VmStatus,
     VmUpdate, Vms,

@@ -9,6 +9,7 @@ use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes,
 use sm_control::session::Session;
 use sm_control::timings::Phase;
 use sm_guest_proto::control::GuestStats;
+use sm_guest_proto::exec::GuestProcess;
 
 use crate::exec::ExecBuilder;
 use crate::logs::Logs;
@@ -390,6 +391,14 @@ impl Vm {
             ControlAnswer::Stats(stats) => Ok(stats),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Returns the processes of the workload, and of commands beside it.
+    ///
+    /// # Errors
+    /// The VM is not running, or is paused; or its agent is of a version without the list.
+    pub fn processes(&self) -> Result<Vec<GuestProcess>, Error> {
+        crate::exec::processes(&self.record)
     }
 
     /// Starts to measure the stages of the VM's connections.

@@ -200,3 +200,99 @@ fn events_are_followed_as_they_happen() {
         assert_eq!(line, format!("{action} {}", vm.name));
     }
 }
+
+/// All processes of VMs are killed, as at a power cut.
+#[test]
+fn what_should_run_is_resumed() {
+    let home = Home::new();
+    let busybox = image("busybox");
+    let sleep = [busybox.as_str(), "sleep", "1000"];
+    let with = |policy: &'static str| {
+        let restart = ["--restart", policy];
+        home.detached(&[&restart[..], &sleep[..]].concat())
+    };
+    let (always, unless, stopped, never) = (
+        with("always"),
+        with("unless-stopped"),
+        with("unless-stopped"),
+        with("no"),
+    );
+    home.sm(&["stop", "-t", "0", &stopped.name]).exits(0);
+    for vm in [&always, &unless, &never] {
+        let pid = vm.inspect()["State"]["Pid"].as_i64().expect("a number");
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        let pid = pid.expect("a process");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is there");
+        until("it is dead", || {
+            state(&home, &vm.name).starts_with("exited")
+        });
+    }
+    let resumed = home.sm(&["system", "resume"]).exits(0).out();
+    let resumed: Vec<&str> = resumed.lines().collect();
+    assert_eq!(resumed, [always.name.as_str(), unless.name.as_str()]);
+    for vm in [&always, &unless] {
+        assert!(state(&home, &vm.name).starts_with("running"));
+    }
+    assert!(state(&home, &stopped.name).starts_with("exited"));
+    assert_eq!(home.sm(&["system", "resume"]).exits(0).out(), "");
+}
+
+#[test]
+fn the_health_of_a_workload_is_watched() {
+    let home = Home::shared();
+    let vm = home.detached(&[
+        "--health-cmd",
+        "echo looking; test -e /tmp/well",
+        "--health-interval",
+        "200ms",
+        "--health-retries",
+        "2",
+        &image("busybox"),
+        "sleep",
+        "1000",
+    ]);
+    let health = || {
+        let health = vm.inspect()["State"]["Health"].clone();
+        health["Status"].as_str().unwrap_or_default().to_owned()
+    };
+    until("it is unhealthy", || health() == "unhealthy");
+    let shown = vm.inspect()["State"]["Health"].clone();
+    assert_eq!(shown["Log"][0]["Output"], "looking", "{shown}");
+    assert_eq!(shown["Log"][0]["ExitCode"], 1);
+    vm.exec(&["touch", "/tmp/well"]).exits(0);
+    until("it is healthy", || health() == "healthy");
+    let listed = home
+        .sm(&["ps", "-q", "--filter", "health=healthy"])
+        .exits(0)
+        .out();
+    assert_eq!(listed.lines().count(), 1, "{listed}");
+    let changes = actions(home, &vm.name);
+    let changes = changes.iter().filter(|action| *action == "health_status");
+    assert_eq!(changes.count(), 2);
+}
+
+#[test]
+fn processes_of_a_guest_are_listed() {
+    let home = Home::shared();
+    let vm = home.detached(&[&image("busybox"), "sh", "-c", "sleep 1234; true"]);
+    until("both run", || {
+        let listed = home
+            .sm(&["top", &vm.name, "-o", "pid,ppid,user,cmd"])
+            .exits(0)
+            .out();
+        listed.contains("sleep 1234") && listed.contains("sh -c sleep 1234; true")
+    });
+    let json = home.sm(&["top", "--json", &vm.name]).exits(0).json();
+    let sleep = json.as_array().expect("a list").iter();
+    let sleep = sleep.filter(|process| process["command"] == "sleep 1234");
+    let sleep = sleep.collect::<Vec<_>>();
+    assert_eq!(sleep.len(), 1, "{json}");
+    assert_eq!(sleep[0]["ppid"], 1, "the shell is the first process");
+    let done = home.sm(&["exec", &vm.name, "sh", "-c", "exit 7"]);
+    done.exits(7);
+    let events = actions(home, &vm.name);
+    let last: Vec<&str> = events.iter().rev().take(3).map(String::as_str).collect();
+    assert_eq!(last, ["exec_die", "exec_start", "exec_create"]);
+}

@@ -23,7 +23,7 @@ use crate::units::{format_age, format_size};
 const COMMAND_WIDTH: usize = 30;
 
 /// Time limit for the answers of VMs.
-const PS_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const PS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A VM in the output of `sm ps --json`.
 #[derive(Serialize)]

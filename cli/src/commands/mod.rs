@@ -12,6 +12,8 @@ mod run;
 mod shown_vm;
 mod snapshot;
 mod start;
+mod system;
+mod top;
 
 use clap::CommandFactory as _;
 use sm_runtime::Sm;
@@ -44,6 +46,8 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Update(args) => lifecycle::update(&sm()?, &args, printer),
         Command::Rm(args) => lifecycle::rm(&sm()?, &args, printer),
         Command::Inspect(args) => list::inspect(&sm()?, &args, printer),
+        Command::Top(args) => top::top(&sm()?, &args, printer),
+        Command::System(command) => system::run(&sm()?, &command, printer),
         Command::Stats(args) => list::stats(&sm()?, &args, printer),
         Command::Image(command) => images::run(&sm()?, command, printer),
         Command::Images(args) => images::list(&sm()?, &args, printer),

@@ -46,7 +46,7 @@ pub(crate) fn run(begin: Phase, sm: &Sm, args: RunArgs, printer: &Printer) -> Re
         )
         .into());
     }
-    refuse_mounts(create)?;
+    refuse_unsupported(create)?;
     let id_file = IdFile::create(create.life.cidfile.as_deref())?;
     let options = |begin| anyhow::Ok(options(begin, create)?.attach(!args.detach));
     let mut vm = match &create.from {
@@ -87,7 +87,7 @@ pub(crate) fn create(
     args: &CreateArgs,
     printer: &Printer,
 ) -> Result<u32, Failure> {
-    refuse_mounts(args)?;
+    refuse_unsupported(args)?;
     let id_file = IdFile::create(args.life.cidfile.as_deref())?;
     let vm = match &args.from {
         Some(name) => sm.snapshot(name)?.create(&options(begin, args)?)?,
@@ -102,7 +102,33 @@ fn open(sm: &Sm, args: &CreateArgs, printer: &Printer) -> Result<Image, Failure>
     images::open(sm, &args.image, args.pull, args.platform.as_ref(), printer)
 }
 
-fn refuse_mounts(args: &CreateArgs) -> anyhow::Result<()> {
+fn refuse_unsupported(args: &CreateArgs) -> anyhow::Result<()> {
+    let life = &args.life;
+    if let Some(device) = life.device.first() {
+        bail!(
+            "device \"{device}\" cannot be given to a VM: a guest has its own kernel and \
+             reaches no hardware of the host. Leave out --device"
+        );
+    }
+    if let Some(capability) = life.cap_drop.first() {
+        bail!(
+            "capability \"{capability}\" cannot be dropped yet: the workload has all of the \
+             guest's own kernel, and none on the host. Leave out --cap-drop, or run the \
+             workload as another user with -u"
+        );
+    }
+    if let Some(option) = life.security_opt.first() {
+        bail!(
+            "security option \"{option}\" has no effect in a VM, whose boundary is its \
+             hypervisor. Leave out --security-opt"
+        );
+    }
+    if let Some(setting) = life.sysctl.first() {
+        bail!(
+            "sysctl \"{setting}\" cannot be set at the start yet: the workload may set it \
+             itself (sysctl -w), as the kernel is its own. Leave out --sysctl"
+        );
+    }
     if let Some(volume) = args.volume.iter().chain(&args.mount).next() {
         bail!(
             "\"{volume}\" cannot be mounted: guests cannot reach files of the host yet. \

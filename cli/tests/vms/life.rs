@@ -3,8 +3,9 @@
 use std::fs;
 
 use serde_json::{Value, json};
+use sm_guest_proto::frame::{ExitStatus, FrameType};
 
-use crate::fake::{User, Vm, text};
+use crate::fake::{User, Vm, receive, send, text};
 
 /// Ends a VM with a status.
 fn ended(user: &User, number: u8, name: &str, status: u32) -> Vm {
@@ -185,4 +186,102 @@ fn a_start_that_cannot_begin_leaves_the_vm_as_it_is() {
     );
     let attach = user.sm(&["start", "-a", "job", "other"]);
     assert!(text(&attach.stderr).contains("only one VM"), "{attach:?}");
+}
+
+/// Plays the agent's exec server.
+#[test]
+fn processes_are_listed_by_the_agent() {
+    let user = User::new();
+    let vm = user.vm(1, "vm");
+    vm.answers();
+    let exec = vm.listens("exec.sock");
+    let agent = std::thread::spawn(move || {
+        for refused in [false, true] {
+            let (mut session, _) = exec.accept().unwrap();
+            receive(&mut session).unwrap();
+            let (kind, request) = receive(&mut session).unwrap();
+            assert_eq!(
+                (kind, request),
+                (FrameType::Control, b"\"processes\"".to_vec())
+            );
+            let status = if refused {
+                send(
+                    &mut session,
+                    FrameType::Error,
+                    b"exec: unknown control message",
+                );
+                125
+            } else {
+                let list = json!([{"pid": 1, "uid": 5, "cpu_ms": 61_000, "command": "a\u{1b}b"}]);
+                let list = list.to_string();
+                let (first, second) = list.split_at(9);
+                send(&mut session, FrameType::Stdout, first.as_bytes());
+                send(&mut session, FrameType::Stdout, second.as_bytes());
+                0
+            };
+            let exit = ExitStatus {
+                status,
+                peak_rss_kib: None,
+            };
+            send(&mut session, FrameType::Exit, &exit.to_payload());
+        }
+    });
+    let listed = out(&user, &["top", "vm", "-o", "pid,user,time,cmd"]);
+    assert_eq!(
+        listed,
+        "PID   USER   TIME       CMD\n1     5      00:01:01   a\\u{1b}b\n"
+    );
+    let refused = user.sm(&["top", "vm"]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(
+        text(&refused.stderr).contains("unknown control message"),
+        "{refused:?}"
+    );
+    agent.join().unwrap();
+}
+
+#[test]
+fn the_system_is_shown_and_pruned() {
+    let user = User::new();
+    let job = ended(&user, 2, "job", 3);
+    let new = created(&user, 3, "new");
+    let running = user.vm(1, "web");
+    running.answers();
+    let info: Value = serde_json::from_str(&out(&user, &["system", "info", "--json"])).unwrap();
+    assert_eq!((&info["vms"], &info["running"]), (&json!(3), &json!(1)));
+    let usage: Value = serde_json::from_str(&out(&user, &["system", "df", "--json"])).unwrap();
+    assert_eq!(
+        (&usage["vms"]["total"], &usage["vms"]["active"]),
+        (&json!(3), &json!(1))
+    );
+    assert!(out(&user, &["system", "df"]).contains("RECLAIMABLE"));
+    assert_eq!(out(&user, &["system", "resume"]), "", "none has a policy");
+    let asked = user.sm(&["system", "prune"]);
+    assert!(text(&asked.stderr).contains("--force"), "{asked:?}");
+    let pruned = out(&user, &["system", "prune", "-f"]);
+    assert!(pruned.starts_with("new\njob\nFreed "), "{pruned}");
+    assert!(!job.directory.exists() && !new.directory.exists() && running.directory.exists());
+    let unit = out(&user, &["system", "install-unit", "--print"]);
+    assert!(
+        unit.contains("system resume") && unit.contains("[Install]"),
+        "{unit}"
+    );
+}
+
+#[test]
+fn options_of_docker_that_a_vm_cannot_have_are_refused_with_the_reason() {
+    let user = User::new();
+    for (option, value, words) in [
+        ("--device", "/dev/sda", "no hardware of the host"),
+        ("--cap-drop", "ALL", "cannot be dropped yet"),
+        ("--security-opt", "no-new-privileges", "no effect in a VM"),
+        ("--sysctl", "net.core.somaxconn=1", "sysctl -w"),
+    ] {
+        for command in ["run", "create"] {
+            let done = user.sm(&[command, "--privileged", "--init", option, value, "oci:x"]);
+            assert_eq!(done.status.code(), Some(125), "{done:?}");
+            let error = text(&done.stderr);
+            assert!(error.contains(value) && error.contains(words), "{error}");
+        }
+    }
 }
