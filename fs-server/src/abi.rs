@@ -397,6 +397,7 @@ pub(crate) mod linux {
     pub(crate) const O_ACCMODE: u32 = 0o3;
     pub(crate) const O_RDONLY: u32 = 0o0;
     pub(crate) const O_WRONLY: u32 = 0o1;
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) const O_RDWR: u32 = 0o2;
     pub(crate) const O_EXCL: u32 = 0o200;
     pub(crate) const O_TRUNC: u32 = 0o1000;
