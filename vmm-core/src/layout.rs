@@ -18,7 +18,7 @@
 //!    kernels that `runtime/src/kernel.rs` selects.
 
 /// Version of everything in this module, recorded in snapshots.
-pub const MACHINE_VERSION: u32 = 2;
+pub const MACHINE_VERSION: u32 = 3;
 
 /// First address of the hole below 4 GiB (3 GiB): devices, no RAM.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -41,12 +41,16 @@ pub const SLOT_VSOCK: u32 = 0;
 pub const SLOT_RNG: u32 = 1;
 /// Slot of the read-only root disk (`/dev/vda`).
 pub const SLOT_ROOT_DISK: u32 = 2;
-/// Slot of the writable disk (`/dev/vdb`); its backing may be absent (capacity 0).
+/// Slot of the disk for changes to the root (`/dev/vdb`); without one, its capacity is 0.
 pub const SLOT_DATA_DISK: u32 = 3;
 /// Slot reserved for a network device.
 pub const SLOT_NET: u32 = 4;
 /// Slot reserved for a balloon.
 pub const SLOT_BALLOON: u32 = 5;
+/// Slot reserved for shared directories.
+pub const SLOT_FS: u32 = 6;
+/// Slots of the disks of volumes, from `/dev/vdc` on; without one, a capacity is 0.
+pub const SLOTS_VOLUMES: std::ops::RangeInclusive<u32> = 7..=13;
 
 /// GSI of the console UART (COM1).
 pub const COM1_GSI: u32 = 4;

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use sm_event_loop::EventLoop;
-use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 use sm_virtio::queue::Span;
 use sm_virtio::testing::{Driver, DriverQueue};
+use sm_virtio::{GuestMemory, VirtioDevice as _};
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 use sm_vmm_core::virtio::layered::{DiskLayer, LayeredDisk};
@@ -59,9 +59,13 @@ fn bench(disk: Disk, access: Access) -> Bench {
 }
 
 fn bench_with(memory: usize, disk: Disk, access: Access) -> Bench {
+    bench_of(memory, |disk| Block::new(disk, access, "a-disk"), disk)
+}
+
+fn bench_of(memory: usize, block: impl FnOnce(Disk) -> Block, disk: Disk) -> Bench {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), memory)]).unwrap();
     let event_loop = EventLoop::spawn("test").unwrap();
-    let block = Arc::new(Mutex::new(Block::new(disk, access, "a-disk")));
+    let block = Arc::new(Mutex::new(block(disk)));
     let driver = Driver::new(block.clone(), &memory, event_loop.handle());
     let queue = driver.start(BASE, &[256]).remove(0);
     Bench {
@@ -442,4 +446,91 @@ proptest! {
             }
         }
     }
+}
+
+/// Runs the test `name` again on a tmpfs of 256 KiB in a mount namespace of its own;
+/// returns its directory in that run.
+fn small_disk(name: &str) -> Option<std::path::PathBuf> {
+    const OWN: &str = "SM_TEST_SMALL_DISK";
+    if let Some(disk) = std::env::var_os(OWN) {
+        return Some(disk.into());
+    }
+    let at = tempfile::tempdir().unwrap();
+    let mut command = std::process::Command::new("unshare");
+    // Users other than root may mount in a user namespace.
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    let mount = format!("mount -t tmpfs -o size=256k none \"${OWN}\" && exec \"$0\" \"$@\"");
+    let ran = command
+        .args(["--mount", "sh", "-c", &mount])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", name])
+        .env(OWN, at.path())
+        .output()
+        .unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+    assert!(String::from_utf8_lossy(&ran.stdout).contains("1 passed"));
+    None
+}
+
+#[test]
+fn requests_without_space_are_held() {
+    let Some(disk) = small_disk("requests_without_space_are_held") else {
+        return;
+    };
+    let filler = disk.join("filler");
+    std::fs::write(&filler, vec![1; 200 << 10]).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(disk.join("layer"))
+        .unwrap();
+    let layer = DiskLayer::create(file, [1; 16], None, 1 << 20).unwrap();
+    let layers = Disk::layered(LayeredDisk::new(vec![layer]).unwrap());
+    let (full, is_full) = std::sync::mpsc::channel();
+    let mut bench = bench_of(
+        MEMORY,
+        |disk| {
+            Block::new(disk, Access::ReadWrite, "a-disk").hold_without_space(move || {
+                full.send(()).unwrap();
+            })
+        },
+        layers,
+    );
+    let data = [span(DATA, 128 << 10)];
+    bench.put(DATA, &[7; 128 << 10]);
+    let (head, status) = bench.offer(OUT, 0, &data, &[]);
+    bench.driver.notify(0);
+    is_full.recv().unwrap();
+    // Others are answered, and it is not lost by a pause without more space.
+    let small = [span(DATA + (1 << 20), 512)];
+    assert_eq!(bench.request(IN, 1024, &[], &small), (OK, 512));
+    bench.driver.transport.quiesce().unwrap();
+    let error = bench.block.lock().unwrap().save().unwrap_err();
+    assert!(error.to_string().contains("no space"), "{error}");
+    bench.driver.transport.unquiesce();
+    is_full.recv().unwrap();
+    assert_eq!(bench.status(status), UNTOUCHED);
+    std::fs::remove_file(&filler).unwrap();
+    bench.driver.transport.quiesce().unwrap();
+    bench.driver.transport.unquiesce();
+    let (used, _) = bench.driver.wait_used(&mut bench.queue);
+    assert_eq!((used, bench.status(status)), (head, OK));
+    bench.put(DATA, &[0; 128 << 10]);
+    assert_eq!(bench.request(IN, 0, &[], &data), (OK, 128 << 10));
+    assert!(bench.get(DATA, 128 << 10) == [7; 128 << 10]);
+    bench.driver.transport.quiesce().unwrap();
+    bench.block.lock().unwrap().save().unwrap();
+}
+
+#[test]
+fn a_queue_may_be_small() {
+    let (_file, disk) = raw(&[3; 8192]);
+    let block = Block::new(disk, Access::ReadWrite, "a-disk").queue_size(50);
+    assert_eq!(block.queue_sizes(), [64]);
+    let mut bytes = [0; 4];
+    block.read_config(12, &mut bytes);
+    assert_eq!(u32::from_le_bytes(bytes), 62);
 }

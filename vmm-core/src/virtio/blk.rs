@@ -22,9 +22,10 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use self::request::{Outcome, answer, parse};
+use self::request::{Outcome, Status, answer, parse};
 use self::worker::{FinishedRequest, Job, Workers};
 use super::disk::{Disk, SECTOR};
+use super::layered::LayeredDisk;
 use sm_event_loop::{Interest, Readiness, Registered, Registry, drain};
 use sm_virtio::GuestMemory;
 use sm_virtio::queue::{DescriptorChain, Queue, QueueError};
@@ -37,8 +38,6 @@ pub const STATE_VERSION: u32 = 1;
 const QUEUE_SIZES: [u16; 1] = [256];
 /// Length of the identification string in bytes.
 const ID_LEN: usize = 20;
-/// Maximum number of data buffers in a request: the queue size minus header and status.
-const SEG_MAX: u32 = 254;
 /// The page size, and EROFS's block size.
 const PAGE: u32 = 4096;
 /// Limits of ranges in one discard or write-zeroes request, and of sectors in a range: 32
@@ -69,6 +68,11 @@ pub enum Access {
     ReadWrite,
 }
 
+/// The disk of a device has no layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the disk has no layers")]
+pub struct NotLayered;
+
 /// State between activation and reset.
 struct ActiveBlock {
     memory: GuestMemory,
@@ -76,6 +80,8 @@ struct ActiveBlock {
     /// The ring is malformed: no further chain is taken from it.
     failed: bool,
     workers: Option<(Workers, Registered<Arc<OwnedFd>>)>,
+    /// Requests for which the host had no space.
+    held: Vec<Job>,
     /// Chains for reuse, so a request causes no allocation.
     chains: Vec<DescriptorChain>,
     done: Vec<FinishedRequest>,
@@ -88,7 +94,12 @@ pub struct Block {
     id: [u8; ID_LEN],
     active: Option<ActiveBlock>,
     queues: Vec<Queue>,
+    queue_sizes: [u16; 1],
+    no_space: Option<NoSpaceCallback>,
 }
+
+/// Called on the event loop when a request is held.
+type NoSpaceCallback = Box<dyn Fn() + Send>;
 
 impl Block {
     /// Creates a block device over `disk`. The driver reads `id`, cut to 20 bytes, as its
@@ -105,7 +116,26 @@ impl Block {
             id: bytes,
             active: None,
             queues: Vec::new(),
+            queue_sizes: QUEUE_SIZES,
+            no_space: None,
         }
+    }
+
+    /// Sets the size of the queue, a power of two from 8 to 256, the default. Linux allocates
+    /// some 600 bytes for each entry, also without a disk.
+    #[must_use]
+    pub fn queue_size(mut self, size: u16) -> Self {
+        self.queue_sizes = [size.next_power_of_two().clamp(8, QUEUE_SIZES[0])];
+        self
+    }
+
+    /// Holds requests for which the host has no space, instead of answering them with an
+    /// error, and calls `notify` on the event loop for the first of them. They are executed
+    /// again after a pause of the machine.
+    #[must_use]
+    pub fn hold_without_space(mut self, notify: impl Fn() + Send + 'static) -> Self {
+        self.no_space = Some(Box::new(notify));
+        self
     }
 
     /// Replaces the device's backing; a configuration change notifies the driver of the new
@@ -116,6 +146,26 @@ impl Block {
         if let Some(active) = &self.active {
             active.interrupt.config_changed();
         }
+    }
+
+    /// Replaces the layers of a quiesced device, without a notification: the driver sees
+    /// the same disk.
+    ///
+    /// # Errors
+    /// The device has no disk of layers, or `replace` failed; nothing is changed then.
+    pub fn replace_layers<E: From<NotLayered>>(
+        &mut self,
+        replace: impl FnOnce(&LayeredDisk) -> Result<LayeredDisk, E>,
+    ) -> Result<(), E> {
+        let layers = self.disk.layers().ok_or(NotLayered)?;
+        self.disk = Arc::new(Disk::layered(replace(layers)?));
+        Ok(())
+    }
+
+    /// Returns the backing.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
     }
 
     /// Returns the capacity in bytes.
@@ -130,7 +180,9 @@ impl Block {
             config[offset..offset + bytes.len()].copy_from_slice(bytes);
         };
         put(0, &(self.disk.len() / SECTOR).to_le_bytes());
-        put(12, &SEG_MAX.to_le_bytes());
+        let [size] = self.queue_sizes;
+        // A header and a status are in each chain, too.
+        put(12, &u32::from(size - 2).to_le_bytes());
         match self.access {
             Access::ReadOnly => put(20, &PAGE.to_le_bytes()),
             Access::ReadWrite => {
@@ -159,6 +211,7 @@ impl Block {
         let mut service = Service {
             disk: &self.disk,
             id: &self.id,
+            no_space: self.no_space.as_deref(),
             active,
             queue,
         };
@@ -175,6 +228,7 @@ impl Block {
 struct Service<'a> {
     disk: &'a Arc<Disk>,
     id: &'a [u8; ID_LEN],
+    no_space: Option<&'a (dyn Fn() + Send)>,
     active: &'a mut ActiveBlock,
     queue: &'a mut Queue,
 }
@@ -242,9 +296,28 @@ impl Service<'_> {
         let outcome = job
             .operation
             .execute(&self.active.memory, &job.disk, &job.chain);
+        self.finish_job(job, outcome)
+    }
+
+    /// Finishes a request that was not executed at once, or holds it.
+    fn finish_job(&mut self, job: Job, outcome: Outcome) -> Result<(), QueueError> {
+        if let (Err(Status::NoSpace), Some(notify)) = (outcome, self.no_space) {
+            self.active.held.push(job);
+            if self.active.held.len() == 1 {
+                notify();
+            }
+            return Ok(());
+        }
         self.finish(&job.chain, outcome)?;
         self.active.chains.push(job.chain);
         Ok(())
+    }
+
+    /// Executes the requests that are held.
+    fn execute_held(&mut self, registry: &mut dyn Registry) -> Result<(), QueueError> {
+        let held = std::mem::take(&mut self.active.held);
+        held.into_iter()
+            .try_for_each(|job| self.submit_to_worker(job, registry))
     }
 
     /// Returns the requests that the threads have finished.
@@ -254,9 +327,8 @@ impl Service<'_> {
         };
         let mut all = std::mem::take(&mut self.active.done);
         workers.take_finished(&mut all);
-        for FinishedRequest { chain, outcome } in all.drain(..) {
-            self.finish(&chain, outcome)?;
-            self.active.chains.push(chain);
+        for FinishedRequest { job, outcome } in all.drain(..) {
+            self.finish_job(job, outcome)?;
         }
         self.active.done = all;
         Ok(())
@@ -304,7 +376,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -328,6 +400,7 @@ impl VirtioDevice for Block {
             interrupt: activation.interrupt,
             failed: false,
             workers: None,
+            held: Vec::new(),
             chains: Vec::new(),
             done: Vec::new(),
         });
@@ -335,7 +408,10 @@ impl VirtioDevice for Block {
     }
 
     fn started(&mut self, registry: &mut dyn Registry) {
-        self.with_queue(|service| service.take_requests(registry));
+        self.with_queue(|service| {
+            service.execute_held(registry)?;
+            service.take_requests(registry)
+        });
     }
 
     fn queue_notified(&mut self, _index: usize, registry: &mut dyn Registry) {
@@ -385,6 +461,12 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<DevicePayload, CannotSave> {
+        if self.active.as_ref().is_some_and(|it| !it.held.is_empty()) {
+            return Err(CannotSave {
+                kind: KIND,
+                reason: "the host has no space for what was written to it".to_owned(),
+            });
+        }
         Ok(DevicePayload {
             kind: KIND.to_owned(),
             version: STATE_VERSION,

@@ -130,6 +130,15 @@ impl Disk {
         }
     }
 
+    /// Returns the layers, if it has any.
+    #[must_use]
+    pub fn layers(&self) -> Option<&LayeredDisk> {
+        match &self.kind {
+            Kind::Layered(layers) => Some(layers),
+            Kind::Empty | Kind::Composite(_) | Kind::Raw { .. } => None,
+        }
+    }
+
     /// Returns the capacity in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {

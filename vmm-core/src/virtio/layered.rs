@@ -66,10 +66,11 @@ pub struct LayeredDisk {
     /// From the topmost one down.
     below: Vec<Arc<DiskLayer>>,
     groups: [Mutex<()>; LOCKS],
-    flush: Mutex<()>,
+    /// Layers that were frozen since the last flush, the lowest one first.
+    unflushed: Mutex<Vec<Arc<DiskLayer>>>,
 }
 
-fn lock(mutex: &Mutex<()>) -> MutexGuard<'_, ()> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -129,7 +130,7 @@ impl LayeredDisk {
             top,
             below,
             groups: [const { Mutex::new(()) }; LOCKS],
-            flush: Mutex::new(()),
+            unflushed: Mutex::default(),
         })
     }
 
@@ -139,15 +140,22 @@ impl LayeredDisk {
         self.top.capacity
     }
 
+    /// Returns true if nothing was written since the top was created.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        self.top.index.is_empty()
+    }
+
     /// Returns the number of layers.
     #[must_use]
     pub fn layers(&self) -> usize {
         self.below.len() + 1
     }
 
-    /// Flushes, and returns the disk with a new top in `file`, as
-    /// [`DiskLayer::create`] makes it. Takes the same time for every size. This disk must
-    /// not be written to any more, which the caller ensures.
+    /// Returns the disk with a new top in `file`, as [`DiskLayer::create`] makes it. Takes
+    /// the same time for every size, and waits for no device: the frozen layer is durable
+    /// after the next flush of either disk. This disk must not be written to any more, which
+    /// the caller ensures.
     ///
     /// # Errors
     /// As [`DiskLayer::create`], a capacity below that of this disk, or too many layers;
@@ -157,9 +165,11 @@ impl LayeredDisk {
         let mut below = Vec::with_capacity(self.layers());
         below.push(Arc::clone(&self.top));
         below.extend(self.below.iter().cloned());
-        let frozen = Self::stacked(Arc::new(top), below)?;
-        self.flush()?;
-        Ok(frozen)
+        let thawed = Self::stacked(Arc::new(top), below)?;
+        let mut unflushed = lock(&self.unflushed).clone();
+        unflushed.push(Arc::clone(&self.top));
+        *lock(&thawed.unflushed) = unflushed;
+        Ok(thawed)
     }
 
     fn check(&self, offset: u64, len: u64) -> io::Result<Range<u64>> {
@@ -270,6 +280,26 @@ impl LayeredDisk {
         Ok(())
     }
 
+    /// Writes bytes of this process from `offset` on, as [`Self::write`] does those of the
+    /// guest.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn store(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let range = self.check(offset, bytes.len() as u64)?;
+        let mut rest = bytes;
+        let mut at = range.start;
+        while at < range.end {
+            let group = at / CLUSTER / GROUP;
+            let end = ((group + 1) * GROUP * CLUSTER).min(range.end);
+            let len = usize::try_from(end - at).unwrap_or(rest.len());
+            let (part, after) = rest.split_at(len.min(rest.len()));
+            self.put(&(at..end), || self.top.storage.store(part, self.top.at(at)))?;
+            (rest, at) = (after, end);
+        }
+        Ok(())
+    }
+
     fn group_lock(&self, cluster: u64) -> MutexGuard<'_, ()> {
         let group = usize::try_from(cluster / GROUP % LOCKS as u64).unwrap_or(0);
         lock(&self.groups[group])
@@ -282,11 +312,13 @@ impl LayeredDisk {
         window: Window<'_>,
         bytes: &Range<u64>,
     ) -> io::Result<()> {
+        let at = self.top.at(bytes.start);
+        self.put(bytes, || self.top.storage.write(memory, window, at))
+    }
+
+    /// Calls `write`, which writes all of `bytes`, in clusters of one group.
+    fn put(&self, bytes: &Range<u64>, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let clusters = touched(bytes);
-        let write = || {
-            let at = self.top.at(bytes.start);
-            self.top.storage.write(memory, window, at)
-        };
         if self.top.index.has_all(&clusters) {
             return write();
         }
@@ -332,7 +364,11 @@ impl LayeredDisk {
     /// # Errors
     /// The file's error. Nothing can be said of what was written since the last flush.
     pub fn flush(&self) -> io::Result<()> {
-        let _one = lock(&self.flush);
+        let mut unflushed = lock(&self.unflushed);
+        while let Some(lowest) = unflushed.first() {
+            lowest.flush()?;
+            unflushed.remove(0);
+        }
         self.top.flush()
     }
 

@@ -33,12 +33,21 @@ pub(super) enum Status {
     IoError,
     /// The device does not support the request.
     Unsupported,
+    /// The host has no space for what is written. The driver is not answered: the request is
+    /// executed again later.
+    NoSpace,
 }
 
 impl Status {
     fn of(operation: Operation, error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::Unsupported {
             return Self::Unsupported;
+        }
+        if matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        ) {
+            return Self::NoSpace;
         }
         tracing::debug!(?operation, %error, "a block request failed");
         Self::IoError
@@ -217,7 +226,7 @@ pub(super) fn answer(
 ) -> Result<u32, QueueError> {
     let (written, status) = match outcome {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
-        Err(Status::IoError) => (0, VIRTIO_BLK_S_IOERR),
+        Err(Status::IoError | Status::NoSpace) => (0, VIRTIO_BLK_S_IOERR),
         Err(Status::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
     };
     let status = u8::try_from(status).unwrap_or(u8::MAX);

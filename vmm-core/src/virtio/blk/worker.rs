@@ -29,7 +29,7 @@ pub(super) struct Job {
 
 /// An executed request.
 pub(super) struct FinishedRequest {
-    pub(super) chain: DescriptorChain,
+    pub(super) job: Job,
     pub(super) outcome: Outcome,
 }
 
@@ -160,10 +160,7 @@ impl Shared {
             let outcome = job.operation.execute(&self.memory, &job.disk, &job.chain);
             state = self.lock();
             state.busy -= 1;
-            state.done.push(FinishedRequest {
-                chain: job.chain,
-                outcome,
-            });
+            state.done.push(FinishedRequest { job, outcome });
             // One signal for all requests that are taken together.
             if state.done.len() == 1 {
                 signal(self.finished.as_fd());

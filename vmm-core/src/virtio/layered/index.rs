@@ -56,6 +56,12 @@ impl Index {
         clusters.div_ceil(LEAF_CLUSTERS) * LEAF_BYTES as u64
     }
 
+    /// Returns true if the set has no clusters.
+    pub(super) fn is_empty(&self) -> bool {
+        // A leaf exists from its first cluster on.
+        self.leaves.iter().all(|leaf| leaf.get().is_none())
+    }
+
     /// Adds the clusters of a leaf of the file.
     pub(super) fn load(&self, leaf: usize, bytes: &[u8; LEAF_BYTES]) {
         if bytes.iter().all(|&byte| byte == 0) {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use thiserror::Error;
 use zerocopy::little_endian::{U32, U64};
@@ -76,6 +77,8 @@ pub struct DiskLayer {
     pub(super) capacity: u64,
     pub(super) id: LayerId,
     pub(super) parent: LayerId,
+    /// Held during a flush: two disks may have a layer that was just frozen.
+    flushing: Mutex<()>,
 }
 
 /// Checks a capacity, which is a caller's or a file's.
@@ -141,6 +144,7 @@ impl DiskLayer {
             capacity,
             id,
             parent,
+            flushing: Mutex::new(()),
         })
     }
 
@@ -187,6 +191,7 @@ impl DiskLayer {
             capacity,
             id: header.id,
             parent: header.parent,
+            flushing: Mutex::new(()),
         })
     }
 
@@ -214,8 +219,9 @@ impl DiskLayer {
 
     /// Makes the data durable, and after it the index: what the index has is never older
     /// than the data. The bits of the index in the file only ever change from 0 to 1, so a
-    /// page of it that a crash leaves half written is an older index. Calls must not overlap.
+    /// page of it that a crash leaves half written is an older index.
     pub(super) fn flush(&self) -> io::Result<()> {
+        let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         let dirty = self.index.take_dirty();
         let written = self.write_index(&dirty);
         if written.is_err() {

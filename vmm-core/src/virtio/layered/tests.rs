@@ -230,7 +230,13 @@ fn a_frozen_layer_does_not_change() {
         below.read_exact_at(&mut bytes, 0).unwrap();
         bytes
     };
+    let unflushed = contents();
+    disk.flush().unwrap();
     let before = contents();
+    assert!(
+        unflushed != before,
+        "the index of the frozen layer is not durable"
+    );
     write(&disk, &memory, &[2; 4096], 2048);
     disk.discard(0, CLUSTER).unwrap();
     disk.write_zeroes(100 * CLUSTER, 100 * CLUSTER, false)
