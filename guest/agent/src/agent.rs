@@ -2,6 +2,7 @@
 
 mod controls;
 mod exec;
+mod mounting;
 mod poweroff;
 mod prepare;
 mod processes;
@@ -93,6 +94,8 @@ pub(crate) struct Agent {
     pub(crate) refreshing: Option<Waiting>,
     /// Also contains the file that the child writes its answer to.
     pub(crate) reporting: Option<(Waiting, Pid, File)>,
+    /// As `reporting`.
+    pub(crate) mounting: Option<(Waiting, Pid, File)>,
     pub(crate) power: Option<PowerOff>,
 }
 
@@ -160,6 +163,7 @@ impl Agent {
             preparing: None,
             refreshing: None,
             reporting: None,
+            mounting: None,
             power: None,
         })
     }
@@ -311,6 +315,7 @@ impl Agent {
             }
             self.check_prepared(&reaped);
             self.check_reported(&reaped);
+            self.check_mounted(&reaped);
             if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
                 // Its last message may still be in the channel.
                 self.check_attach();

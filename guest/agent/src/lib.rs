@@ -55,6 +55,7 @@ mod identity;
 mod init;
 mod kernel_log;
 mod log;
+mod mounts;
 mod node;
 mod part;
 mod peer;

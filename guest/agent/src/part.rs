@@ -12,3 +12,5 @@ pub(crate) const ATTACH: u8 = 3;
 pub(crate) const PREPARE: u8 = 4;
 /// Deadline of reading the workload's files.
 pub(crate) const REPORT: u8 = 5;
+/// Deadline of mounting file systems.
+pub(crate) const MOUNT: u8 = 6;

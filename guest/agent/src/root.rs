@@ -207,7 +207,9 @@ fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError
         Upper::Tmpfs { size } => tmpfs(&size.to_string())?,
         Upper::Ext4 { device } => {
             wait_if_block(device)?;
-            mount(device.as_str(), &target, "ext4", MountFlags::NOATIME, None)
+            let flags = MountFlags::NOATIME | MountFlags::LAZYTIME;
+            let options = Some(c"commit=30,discard");
+            mount(device.as_str(), &target, "ext4", flags, options)
                 .context(|| format!("mount {device} (ext4) for changes"))?;
         }
     }
@@ -215,9 +217,13 @@ fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError
 }
 
 fn mount_overlay(directory: &Path, lower: &Path, upper: &Path) -> Result<PathBuf, RootError> {
-    let changes = make_directory(upper.join(CHANGES))?;
+    let changes = upper.join(CHANGES);
+    // A disk that was used before has the attributes that its last user gave.
+    if !changes.exists() {
+        make_directory(changes.clone())?;
+        copy_attributes(lower, &changes).context(|| "copy the attributes of /".into())?;
+    }
     let work = make_directory(upper.join("work"))?;
-    copy_attributes(lower, &changes).context(|| "copy the attributes of /".into())?;
     let target = make_directory(directory.join("root"))?;
     // index and xino suit a lower layer that never changes; redirect_dir permits renames
     // of directories of the image.

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -30,8 +30,9 @@ use crate::part;
 use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 use crate::sys::{self, Fork};
 
+/// The namespaces of the workload's processes.
 #[derive(Debug)]
-struct Namespaces {
+pub(crate) struct Namespaces {
     mounts: OwnedFd,
     cgroups: OwnedFd,
     pids: OwnedFd,
@@ -46,6 +47,16 @@ impl Namespaces {
             cgroups: open("cgroup")?,
             pids: open("pid")?,
         })
+    }
+
+    /// Returns their descriptors.
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+        [&self.mounts, &self.cgroups, &self.pids].map(AsFd::as_fd)
+    }
+
+    /// Moves this process into the mount namespace.
+    pub(crate) fn join_mounts(&self) -> io::Result<()> {
+        sys::setns(self.mounts.as_fd(), sys::NEW_MOUNTS)
     }
 }
 
@@ -252,6 +263,18 @@ impl Workload {
         match forked? {
             Fork::Parent(pid) => Ok(pid),
             Fork::Child => sys::exit_now(125),
+        }
+    }
+
+    /// Returns the namespaces of its processes, and the directory of the agent's files.
+    ///
+    /// # Errors
+    /// As [`Self::check_ready`].
+    pub(crate) fn namespaces(&self) -> Result<(&Namespaces, &Path), &'static str> {
+        self.check_ready()?;
+        match &self.state {
+            State::Ready(namespaces) => Ok((namespaces, &self.directory)),
+            State::Empty | State::Attaching | State::Ended => Err("the workload has ended"),
         }
     }
 

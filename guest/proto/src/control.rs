@@ -27,6 +27,12 @@ pub enum ControlRequest {
     Refresh(Refresh),
     /// Mount the root file system and prepare it for workloads.
     AttachRoot(AttachRoot),
+    /// Mount file systems in the workload's root, after it was attached and before the
+    /// workload runs.
+    Mount {
+        /// In the order in which they are mounted.
+        mounts: Vec<GuestMount>,
+    },
     /// Stop scheduling workload processes (cgroup v2 freezer).
     Freeze,
     /// Resume frozen workload processes.
@@ -114,6 +120,38 @@ pub enum Upper {
     Ext4 {
         /// The block device.
         device: String,
+    },
+}
+
+/// A mount in the workload's root. Set-user-ID bits and device nodes in it have no effect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMount {
+    /// The mounted file system.
+    pub source: GuestMountSource,
+    /// Absolute path in the root, in which links are resolved. Missing directories are
+    /// created.
+    pub target: String,
+    /// The workload cannot write to it.
+    pub read_only: bool,
+}
+
+/// The file system of a [`GuestMount`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestMountSource {
+    /// The directory `data` of the ext4 file system on a block device, such as `/dev/vdc`.
+    Disk {
+        /// The block device.
+        device: String,
+        /// If that directory is empty, the files at the target are copied to it first.
+        copy: bool,
+    },
+    /// Guest memory.
+    Tmpfs {
+        /// Limit in bytes; absent for half of guest memory.
+        size: Option<u64>,
+        /// Permissions of its root directory.
+        mode: u32,
     },
 }
 

@@ -80,6 +80,7 @@ fn request_name(request: &ControlRequest) -> &'static str {
         ControlRequest::Hello(_) => "hello",
         ControlRequest::Refresh(_) => "refresh",
         ControlRequest::AttachRoot(_) => "attach root",
+        ControlRequest::Mount { .. } => "mount",
         ControlRequest::Freeze => "freeze",
         ControlRequest::Thaw => "thaw",
         ControlRequest::PrepareSnapshot => "prepare snapshot",

@@ -72,6 +72,14 @@ impl Agent {
                 let waiting = self.preparing.take().map(|(waiting, _)| waiting);
                 (waiting, "writing data back")
             }
+            part::MOUNT => {
+                let mounting = self.mounting.take();
+                let waiting = mounting.map(|(waiting, pid, _)| {
+                    let _ = sys::kill(pid, 9);
+                    waiting
+                });
+                (waiting, "mounting file systems")
+            }
             part::REPORT => {
                 let reporting = self.reporting.take();
                 let waiting = reporting.map(|(waiting, pid, _)| {

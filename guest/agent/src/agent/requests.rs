@@ -37,6 +37,7 @@ impl Agent {
             ControlRequest::Hello(_) => ControlReply::Hello(self.facts.hello()),
             ControlRequest::Refresh(refresh) => return self.refresh(key, &refresh),
             ControlRequest::AttachRoot(plan) => return self.attach_root(key, &plan),
+            ControlRequest::Mount { mounts } => return self.mount(key, &mounts),
             ControlRequest::Freeze => return self.freeze(key),
             ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
             ControlRequest::PrepareSnapshot => return self.prepare(key),

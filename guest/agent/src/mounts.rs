@@ -1,0 +1,173 @@
+//! Mounts of volumes and tmpfs in the workload's root.
+//!
+//! Runs in a child of the agent. File systems are mounted in a mount namespace of the
+//! child's own, from which a copy of the mount is moved to the workload's: nothing is left in
+//! the agent's, and no path of the workload decides which device is mounted.
+//!
+//! The root is hostile: a target is resolved inside it, as the workload would resolve it.
+
+mod copy;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, open, openat2};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change,
+    move_mount, open_tree,
+};
+use sm_guest_proto::control::{GuestMount, GuestMountSource};
+
+use crate::workload::Namespaces;
+use crate::{device, sys};
+
+/// Timeout for the disk of a volume to appear.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The directory of a volume's file system that VMs see.
+const DATA: &str = "data";
+
+const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC);
+/// As processes of the workload resolve paths, which are in its root.
+const INSIDE: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
+
+/// Mounts file systems, in this order. `directory` is the agent's own.
+///
+/// # Errors
+/// A sentence about the first that cannot be mounted.
+pub(crate) fn perform(
+    mounts: &[GuestMount],
+    namespaces: &Namespaces,
+    directory: &Path,
+) -> Result<(), String> {
+    let failed = |what: &str, error: io::Error| format!("cannot {what}: {error}");
+    sys::unshare(sys::NEW_MOUNTS)
+        .and_then(|()| {
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            Ok(mount_change("/", private)?)
+        })
+        .map_err(|error| failed("make a mount namespace", error))?;
+    let mut trees = Vec::with_capacity(mounts.len());
+    for (number, mount) in mounts.iter().enumerate() {
+        let at = directory.join("mounts").join(number.to_string());
+        let tree = prepare(mount, &at);
+        trees.push(tree.map_err(|error| failed(&format!("mount {:?}", mount.target), error))?);
+    }
+    namespaces
+        .join_mounts()
+        .map_err(|error| failed("join the workload's mount namespace", error))?;
+    let root = open("/", OFlags::PATH | DIRECTORY, Mode::empty())
+        .map_err(|error| failed("open the root", error.into()))?;
+    for (mount, tree) in mounts.iter().zip(trees) {
+        place(&root, mount, &tree)
+            .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
+    }
+    Ok(())
+}
+
+/// Mounts a file system at `at`; returns a copy of the mount, or of a directory in it.
+fn prepare(mount_of: &GuestMount, at: &Path) -> io::Result<OwnedFd> {
+    fs::create_dir_all(at)?;
+    let read_only = match mount_of.read_only {
+        true => MountFlags::RDONLY,
+        false => MountFlags::empty(),
+    };
+    // As for every file system that somebody else may have written.
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | read_only;
+    let tree: PathBuf = match &mount_of.source {
+        GuestMountSource::Disk { device, .. } => {
+            device::wait_for_capacity(Path::new(device), DEVICE_DEADLINE)?;
+            let flags = flags | MountFlags::NOATIME | MountFlags::LAZYTIME;
+            mount(
+                device.as_str(),
+                at,
+                "ext4",
+                flags,
+                Some(c"commit=30,discard"),
+            )?;
+            at.join(DATA)
+        }
+        GuestMountSource::Tmpfs { size, mode } => {
+            let size = size.map_or_else(|| "50%".to_owned(), |size| size.to_string());
+            let options = format!("mode={:o},size={size}\0", mode & 0o7777);
+            let options = std::ffi::CStr::from_bytes_until_nul(options.as_bytes());
+            mount("tmpfs", at, "tmpfs", flags, options.ok())?;
+            at.to_path_buf()
+        }
+    };
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(open_tree(CWD, tree, flags)?)
+}
+
+/// Moves a mount to its target in the workload's root.
+fn place(root: &OwnedFd, mount: &GuestMount, tree: &OwnedFd) -> io::Result<()> {
+    let target = directory(root, Path::new(&mount.target))?;
+    if let GuestMountSource::Disk { copy: true, .. } = mount.source
+        && !mount.read_only
+    {
+        copy::fill_if_empty(&target, tree)?;
+    }
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(tree, "", &target, "", flags)?)
+}
+
+/// Opens a directory below `root`, and creates missing components.
+fn directory(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    match openat2(root, path, OFlags::PATH | DIRECTORY, Mode::empty(), INSIDE) {
+        Err(Errno::NOENT) => {}
+        found => return Ok(found?),
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let parent = directory(root, parent)?;
+    match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+        // A link to nothing: the workload would find nothing there, either.
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(openat2(
+        root,
+        path,
+        OFlags::PATH | DIRECTORY,
+        Mode::empty(),
+        INSIDE,
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn targets_are_resolved_in_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("root");
+        fs::create_dir_all(inside.join("run")).unwrap();
+        fs::create_dir(inside.join("var")).unwrap();
+        symlink("/run", inside.join("var/run")).unwrap();
+        symlink("../../..", inside.join("up")).unwrap();
+        symlink("/missing", inside.join("dangling")).unwrap();
+        fs::write(inside.join("file"), "").unwrap();
+        let root = open(&inside, OFlags::PATH | DIRECTORY, Mode::empty()).unwrap();
+        for (path, made) in [
+            ("/var/run/new/deep", "run/new/deep"),
+            ("/up/top", "top"),
+            ("/../../etc", "etc"),
+            ("/", "."),
+        ] {
+            directory(&root, Path::new(path)).unwrap();
+            assert!(inside.join(made).is_dir(), "{path}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        for path in ["/dangling", "/file", "/file/below"] {
+            assert!(directory(&root, Path::new(path)).is_err(), "{path}");
+        }
+    }
+}
