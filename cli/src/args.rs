@@ -7,6 +7,7 @@ mod life;
 mod run;
 mod snapshot;
 mod system;
+mod volume;
 
 pub(crate) use image::{
     HistoryArgs, ImageCommand, ImageNames, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, PullArgs,
@@ -16,6 +17,7 @@ pub(crate) use life::{EventsArgs, LifeArgs, RenameArgs, RestartArgs, StartArgs, 
 pub(crate) use run::{CreateArgs, ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 pub(crate) use system::{InstallUnitArgs, SystemCommand, SystemPruneArgs, TopArgs};
+pub(crate) use volume::VolumeCommand;
 
 /// Help of an image argument.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
@@ -120,6 +122,9 @@ pub(crate) enum Command {
     /// Create, list, verify, compare and remove snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Manage volumes: disks that outlive VMs
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Manage guest kernels
     #[command(subcommand)]
     Kernel(KernelCommand),

@@ -76,6 +76,7 @@ mod tests {
             let answer = ControlAnswer::Status(Status {
                 stage: Stage::Running,
                 paused: true,
+                lacks_space: false,
                 vmm_pid: 42,
                 epoch: String::new(),
                 started_ns: 1,

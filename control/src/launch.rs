@@ -29,6 +29,41 @@ pub struct DiskSegment {
     pub len: u64,
 }
 
+/// A mount in the file system of a workload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountRequest {
+    /// The mounted file system.
+    pub source: MountSource,
+    /// Absolute path in the workload's root. Links in it are resolved there, and missing
+    /// directories are created.
+    pub target: String,
+    /// The workload cannot write to it.
+    pub read_only: bool,
+}
+
+/// The file system of a [`MountRequest`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MountSource {
+    /// A volume.
+    Volume {
+        /// Its name, for messages; empty without a directory.
+        name: String,
+        /// Its directory, which contains its lock and its disk; absent for a disk in the
+        /// record of the VM.
+        directory: Option<PathBuf>,
+        /// The files that the image has at the target are copied to an empty volume.
+        copy: bool,
+    },
+    /// Guest memory.
+    Tmpfs {
+        /// Limit in bytes; absent for half of guest memory.
+        size: Option<u64>,
+        /// Permissions of its root directory; absent for 1777.
+        mode: Option<u32>,
+    },
+}
+
 /// The source that a VM starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -73,7 +108,10 @@ pub struct LaunchRequest {
     pub source: StartSource,
     /// Loading of the snapshot's memory.
     pub paging: Paging,
-    /// Size limit of the writable layer in bytes; absent for half of guest memory.
+    /// Capacity in bytes of the disk for changes to the root; absent if they are in guest
+    /// memory.
+    pub root_disk: Option<u64>,
+    /// Size limit of changes in guest memory in bytes; absent for half of it.
     pub upper_size: Option<u64>,
     /// Size of `/dev/shm` in bytes; absent for the guest's default.
     pub shm_size: Option<u64>,
@@ -81,6 +119,9 @@ pub struct LaunchRequest {
     pub extra_hosts: Vec<(String, String)>,
     /// Name servers for `/etc/resolv.conf`.
     pub nameservers: Vec<String>,
+    /// Mounts in the workload's file system, parents before children.
+    #[serde(default)]
+    pub mounts: Vec<MountRequest>,
     /// The launcher stays attached to the workload.
     pub attach: bool,
     /// Terminal width in columns, if the workload has a terminal.
@@ -292,6 +333,9 @@ pub struct Status {
     pub stage: Stage,
     /// All vCPUs are paused.
     pub paused: bool,
+    /// They are paused until the host has disk space for what the guest writes.
+    #[serde(default)]
+    pub lacks_space: bool,
     /// Process identifier of its VMM.
     pub vmm_pid: u32,
     /// A UUID that is new after every start and reset and that the guest reads from

@@ -48,6 +48,7 @@
 //!     let answer = ControlAnswer::Status(Status {
 //!         stage: Stage::Running,
 //!         paused: false,
+//!         lacks_space: false,
 //!         vmm_pid: std::process::id(),
 //!         epoch: String::new(),
 //!         started_ns: 1,

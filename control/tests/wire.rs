@@ -161,10 +161,12 @@ fn a_launch_request() {
             cold: false,
         }),
         paging: Paging::Map,
+        root_disk: None,
         upper_size: None,
         shm_size: Some(4096),
         extra_hosts: vec![("a".into(), "10.0.0.1".into())],
         nameservers: Vec::new(),
+        mounts: Vec::new(),
         attach: true,
         columns: 80,
         rows: 25,
@@ -182,7 +184,7 @@ fn a_launch_request() {
         "source": {"image": {
             "root": [{"path": "/d", "offset": 0, "len": 4096}], "modules": null, "cold": false,
         }},
-        "paging": "map", "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
+        "paging": "map", "root_disk": null, "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
         "nameservers": [], "attach": true, "columns": 80, "rows": 25,
         "start_timeout_ms": 60_000, "phases": [], "existing": true,
         "restarts": {"count": 2, "delay_ms": 200},
@@ -288,6 +290,7 @@ fn answers() {
     let status = Status {
         stage: Stage::Running,
         paused: false,
+        lacks_space: false,
         vmm_pid: 7,
         epoch: "e".into(),
         started_ns: 1,
@@ -312,7 +315,7 @@ fn answers() {
     is(
         &ControlAnswer::Status(status),
         &json!({"status": {
-            "stage": "running", "paused": false, "vmm_pid": 7, "epoch": "e",
+            "stage": "running", "paused": false, "lacks_space": false, "vmm_pid": 7, "epoch": "e",
             "started_ns": 1, "clients": 2,
             "published": [{
                 "host": {"tcp": "127.0.0.1:8080"}, "guest": 80,

@@ -14,6 +14,7 @@ use crate::guest_agent::AgentError;
 use crate::home::HomeError;
 use crate::kernel::KernelError;
 use crate::record::{Record, RecordError};
+use crate::volumes::VolumeError;
 
 /// An error of this crate. [`Error::kind`] has what most callers need to know.
 #[derive(Debug, Error)]
@@ -40,6 +41,9 @@ pub enum Error {
     /// A snapshot cannot be used or removed.
     #[error(transparent)]
     Snapshot(#[from] sm_snapshot::Error),
+    /// A volume cannot be used.
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     /// An option is out of range, or cannot be used here.
     #[error(transparent)]
     Option(#[from] OptionError),
@@ -93,6 +97,23 @@ pub enum OptionError {
     /// A guest has no vCPU.
     #[error("0 CPUs are too few for a guest: give it at least 1")]
     Cpus,
+    /// No disk for changes to the root has this capacity.
+    #[error(
+        "no disk for the root has {bytes} bytes: give a multiple of 4096 from {} MiB to {} TiB",
+        minimum >> 20,
+        maximum >> 40
+    )]
+    RootDisk {
+        /// The requested capacity in bytes.
+        bytes: u64,
+        /// The smallest one.
+        minimum: u64,
+        /// The largest one.
+        maximum: u64,
+    },
+    /// Two mounts have the same target.
+    #[error("two file systems cannot be mounted at \"{0}\"")]
+    MountedTwice(String),
     /// A clone cannot differ in this from its snapshot.
     #[error("{0} of a snapshot's VM cannot be changed")]
     Fixed(FixedOption),
@@ -138,6 +159,9 @@ pub enum FixedOption {
     /// Size and mode of the root file system.
     #[error("the root file system")]
     Root,
+    /// Volumes and other mounts.
+    #[error("the list of mounts")]
+    Mounts,
     /// Size of `/dev/shm`.
     #[error("the size of /dev/shm")]
     ShmSize,
@@ -323,6 +347,7 @@ impl Error {
             }
             Self::Image(error) => kind_of_image(error),
             Self::Snapshot(error) => kind_of_snapshot(error),
+            Self::Volume(error) => error.kind(),
             Self::Vmm { source, .. } | Self::File { source, .. } => kind_of_io(source),
             Self::Start(StartError::Command { .. }) => ErrorKind::Command,
             Self::Start(_) => ErrorKind::Start,
@@ -430,7 +455,7 @@ fn kind_of_causes(error: &(dyn StdError + 'static)) -> ErrorKind {
     ErrorKind::Other
 }
 
-fn kind_of_io(error: &io::Error) -> ErrorKind {
+pub(crate) fn kind_of_io(error: &io::Error) -> ErrorKind {
     match error.kind() {
         io::ErrorKind::NotFound => ErrorKind::NotFound,
         io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,

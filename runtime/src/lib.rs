@@ -30,6 +30,7 @@
 //! | [`Snapshot`], [`snapshots::Snapshots`] | a workload to continue, the store of snapshots |
 //! | [`events::EventStream`] | the events of all of them |
 //! | [`kernel::Kernels`] | guest kernels of this host |
+//! | [`Volume`], [`volumes::Volumes`] | disks that outlive VMs |
 //! | [`Error`], [`ErrorKind`] | failures, and their kinds |
 //!
 //! All of them are owned values that can be sent to other threads, and none has a thread.
@@ -61,6 +62,7 @@ mod sm;
 pub mod snapshots;
 mod system;
 mod vm;
+pub mod volumes;
 
 pub use doctor::Check;
 pub use entry::run_vmm_if_asked;
@@ -72,7 +74,10 @@ pub use kernel::KernelError;
 pub use record::{
     Damaged, ExitReason, ExitRecord, RecordError, RecordFormError, VmConfig, VmState,
 };
-pub use run::{DEFAULT_CPUS, DEFAULT_MEMORY, HealthOptions, MIN_MEMORY, RunOptions, StartOptions};
+pub use run::{
+    DEFAULT_CPUS, DEFAULT_MEMORY, HealthOptions, MAX_ROOT_DISK, MIN_MEMORY, MIN_ROOT_DISK,
+    RootStorage, RunOptions, StartOptions,
+};
 pub use sm::{Sm, SmBuilder};
 #[doc(no_inline)]
 pub use sm_control as control;
@@ -91,6 +96,8 @@ pub use vm::{
     AfterSnapshot, Force, Input, Inspection, Inspections, SignalSender, StateView, Vm, VmStatus,
     VmUpdate, Vms,
 };
+#[doc(inline)]
+pub use volumes::{Volume, VolumeError, VolumeOptions};
 
 /// Identifiers and names of virtual machines.
 pub mod id {

@@ -28,7 +28,7 @@ use crate::reaper::Process;
 use crate::record::{Draft, ExitRecord, Record, Records, VMM_LOG, VmConfig};
 use crate::sm::Sm;
 use crate::vm::Vm;
-use crate::{Error, StartError};
+use crate::{Error, StartError, volumes};
 
 mod again;
 mod health;
@@ -38,7 +38,9 @@ mod reporting;
 pub use self::again::StartOptions;
 pub use self::health::HealthOptions;
 pub(crate) use self::options::DEFAULT_STOP_TIMEOUT;
-pub use self::options::{DEFAULT_CPUS, DEFAULT_MEMORY, MIN_MEMORY, RunOptions};
+pub use self::options::{
+    DEFAULT_CPUS, DEFAULT_MEMORY, MAX_ROOT_DISK, MIN_MEMORY, MIN_ROOT_DISK, RootStorage, RunOptions,
+};
 pub(crate) use self::reporting::ReportingVm;
 
 impl Image {
@@ -195,21 +197,26 @@ fn launch_program(
         |settings| draft(options, settings),
     );
     let (record, lock) = records.create(&draft, config)?;
-    let mut request = LaunchRequest {
-        attach: options.attach,
-        columns: options.terminal_size.0,
-        rows: options.terminal_size.1,
-        phases: options.phases.clone(),
-        ..request(sm, &record, &settings_of(options, &draft), source)
+    let launch = || {
+        let fixed = request(sm, &record, &settings_of(options, &draft), source)?;
+        let mut request = LaunchRequest {
+            attach: options.attach,
+            columns: options.terminal_size.0,
+            rows: options.terminal_size.1,
+            phases: options.phases.clone(),
+            ..fixed
+        };
+        request.phases.push(Phase::now("image resolved"));
+        let (child, session) = spawn(&record, &request, &lock, program)?;
+        Ok((child, session, request.phases))
     };
-    request.phases.push(Phase::now("image resolved"));
-    match spawn(&record, &request, &lock, program) {
-        Ok((child, session)) => Ok(Launched {
+    match launch() {
+        Ok((child, session, phases)) => Ok(Launched {
             sm: sm.clone(),
             record,
             child,
             session,
-            phases: request.phases,
+            phases,
             warnings: Vec::new(),
             existing: false,
         }),
@@ -239,9 +246,9 @@ fn request(
     record: &Record,
     settings: &StartSettingsV1,
     source: StartSource,
-) -> LaunchRequest {
+) -> Result<LaunchRequest, Error> {
     let home = sm.home();
-    LaunchRequest {
+    Ok(LaunchRequest {
         version: sm_control::VERSION.to_owned(),
         data: home.data().to_owned(),
         run: home.run().to_owned(),
@@ -250,10 +257,12 @@ fn request(
         cmdline: settings.cmdline.clone(),
         source,
         paging: settings.paging,
+        root_disk: settings.root_disk,
         upper_size: settings.upper_size,
         shm_size: settings.shm_size,
         extra_hosts: settings.extra_hosts.clone(),
         nameservers: settings.nameservers.clone(),
+        mounts: volumes::requests(&sm.volumes(), &settings.mounts)?,
         attach: false,
         columns: 80,
         rows: 24,
@@ -261,7 +270,7 @@ fn request(
         phases: Vec::new(),
         existing: false,
         restarts: RestartProgress::default(),
-    }
+    })
 }
 
 /// Returns the settings of starts with these options, of an image.

@@ -182,6 +182,18 @@ impl Capture {
         })
     }
 
+    /// Gives the snapshot a further file, by `link`, which gets its path.
+    ///
+    /// # Errors
+    /// That of `link`.
+    pub fn add_file<E>(
+        &self,
+        name: &str,
+        link: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<(), E> {
+        link(&self.draft.path().join(name))
+    }
+
     /// Returns the number of stored pages.
     #[must_use]
     pub fn data_pages(&self) -> u64 {

@@ -4,7 +4,7 @@
 //! ROOT                   locked while a draft is created and while abandoned ones are sought
 //! ROOT/lock              serialises creation and removal of names
 //! ROOT/tmp-XXXXXX/       a draft, or a snapshot during removal; swept by the next writer
-//! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.bin]
+//! ROOT/NAME/manifest.json, state.bin, memory.bin[, working-set.bin][, disk-SLOT.N ...]
 //! ```
 //!
 //! A reader that maps `memory.bin` holds a shared lock on it (a [`Lease`]), and so does
@@ -58,8 +58,12 @@ impl Draft {
 
     /// Syncs the files to disk.
     fn sync(&self) -> Result<(), Error> {
-        for file in ["manifest.json", "state.bin", "memory.bin"] {
-            sync(&self.path().join(file))?;
+        let list = |source| Error::io("list", self.path())(source);
+        for entry in fs::read_dir(self.path()).map_err(list)? {
+            let entry = entry.map_err(list)?;
+            if entry.file_name() != LOCK {
+                sync(&entry.path())?;
+            }
         }
         Ok(())
     }

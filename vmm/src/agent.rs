@@ -20,6 +20,8 @@ pub(crate) enum Purpose {
     Refresh,
     /// Mount the root file system.
     AttachRoot,
+    /// Mount volumes and tmpfs.
+    Mount,
     /// Collect the guest's identity report.
     IdentityReport {
         /// Time of the request, in nanoseconds since the Unix epoch.

@@ -73,6 +73,7 @@ impl Cache {
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
             &image.root,
+            request.root_disk,
             request.upper_size,
             request.shm_size,
             request.config.read_only,
@@ -99,11 +100,19 @@ impl Cache {
                 image_missing: false,
             };
         }
+        CacheLookup {
+            image_missing,
+            ..self.open_base()
+        }
+    }
+
+    /// Opens the base snapshot only.
+    pub(crate) fn open_base(&self) -> CacheLookup {
         let (base, base_missing) = self.open_entry(&self.base);
         CacheLookup {
             best: base.map(|saved| (Layer::Base, saved)),
             base_missing,
-            image_missing,
+            image_missing: false,
         }
     }
 
@@ -154,6 +163,7 @@ impl Cache {
                 kernel: request.config.kernel.clone(),
                 root,
                 config: None,
+                disks: Vec::new(),
             },
         }
     }

@@ -4,6 +4,7 @@
 //! supervisor continues to serve its clients. When the copy is complete, or has failed,
 //! the supervisor is notified and resumes the machine; the thread publishes the snapshot.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -16,8 +17,10 @@ use sm_snapshot::capture::{Ancestry, Capture, Captured};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::runs::Run;
 use sm_vmm_core::machine::Machine;
+use sm_vmm_core::virtio::disk::Disk;
 
-use super::saved::Plan;
+use super::disks;
+use super::saved::{Plan, SavedDisk};
 
 /// The source of a machine's memory.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +47,25 @@ pub(crate) struct PublishedCapture {
     pub(crate) captured: Captured,
     /// The time for which the vCPUs were paused.
     pub(crate) pause: Duration,
+}
+
+/// A disk whose layers do not change any more.
+#[derive(Debug)]
+pub(crate) struct FrozenDisk {
+    pub(crate) slot: u32,
+    /// The files, the lowest one first.
+    pub(crate) layers: Vec<PathBuf>,
+    /// Its backing, which has to be flushed.
+    pub(crate) backing: Arc<Disk>,
+}
+
+impl FrozenDisk {
+    fn saved(&self) -> SavedDisk {
+        SavedDisk {
+            slot: self.slot,
+            layers: self.layers.len(),
+        }
+    }
 }
 
 /// Callbacks of the thread that creates a snapshot; errors are clauses.
@@ -74,13 +96,14 @@ impl Capturing {
     /// The machine cannot be paused or saved, or the thread cannot be created; a clause.
     /// No callback is called then, and the machine is resumed if possible.
     pub(crate) fn begin<H: Hypervisor<Arch = X86_64>>(
-        plan: Plan,
+        mut plan: Plan,
         machine: &mut Machine<H>,
         origin: Origin,
+        freeze: impl FnOnce() -> Result<Vec<FrozenDisk>, String>,
         callbacks: CaptureCallbacks,
     ) -> Result<(Self, JoinHandle<()>), String> {
         let cancelled = Arc::new(AtomicBool::new(false));
-        let (state_sender, state_receiver) = channel();
+        let (state_sender, state_receiver) = channel::<(_, Vec<FrozenDisk>)>();
         let (pause_duration, pause_ended) = channel();
         let (memory, vcpus) = (machine.memory().guest.clone(), machine.vcpus());
         let unless = Arc::clone(&cancelled);
@@ -89,13 +112,16 @@ impl Capturing {
             .name("sm-snapshot".to_owned())
             .spawn(move || {
                 // The sender is dropped without a state if the pause failed.
-                let Ok(state) = state_receiver.recv() else {
+                let Ok((state, disks)) = state_receiver.recv() else {
                     return;
                 };
                 let (store, ancestry) = (&plan.store, origin.ancestry());
-                let capture = match Capture::begin_cancellable(store, &memory, ancestry, &unless) {
+                let copied = Capture::begin_cancellable(store, &memory, ancestry, &unless)
+                    .map_err(|error| with_causes(&error))
+                    .and_then(|capture| link_disks(&capture, &disks).map(|()| capture));
+                let capture = match copied {
                     Ok(capture) => capture,
-                    Err(error) => return (callbacks.copied)(Err(with_causes(&error))),
+                    Err(error) => return (callbacks.copied)(Err(error)),
                 };
                 drop((memory, origin));
                 (callbacks.copied)(Ok(()));
@@ -103,7 +129,9 @@ impl Capturing {
                 let Ok(pause) = pause_ended.recv() else {
                     return;
                 };
-                let published = plan.finish(capture, &state, vcpus);
+                plan.content.disks = disks.iter().map(FrozenDisk::saved).collect();
+                let published = flush(&disks).and_then(|()| plan.finish(capture, &state, vcpus));
+                drop(disks);
                 (callbacks.published)(
                     published.map(|captured| PublishedCapture { captured, pause }),
                 );
@@ -113,7 +141,8 @@ impl Capturing {
         let state = machine
             .pause()
             .and_then(|()| machine.save_state())
-            .map_err(|error| with_causes(&error));
+            .map_err(|error| with_causes(&error))
+            .and_then(|state| Ok((state, freeze()?)));
         match state {
             // The thread waits for the state.
             Ok(state) => drop(state_sender.send(state)),
@@ -140,6 +169,26 @@ impl Capturing {
     pub(crate) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
+}
+
+/// Gives the snapshot the layers of disks. It is done before the machine runs on: later the
+/// disks might have been reset to fewer layers.
+fn link_disks(capture: &Capture, disks: &[FrozenDisk]) -> Result<(), String> {
+    for disk in disks {
+        for (number, layer) in disk.layers.iter().enumerate() {
+            let name = SavedDisk::file_name(disk.slot, number);
+            capture
+                .add_file(&name, |path| disks::link(layer, path))
+                .map_err(|error| with_causes(&error))?;
+        }
+    }
+    Ok(())
+}
+
+fn flush(disks: &[FrozenDisk]) -> Result<(), String> {
+    let flush = |disk: &FrozenDisk| disk.backing.flush();
+    let flushed = disks.iter().try_for_each(flush);
+    flushed.map_err(|error| format!("cannot write back a disk: {}", with_causes(&error)))
 }
 
 impl Drop for Capturing {

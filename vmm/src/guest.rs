@@ -32,6 +32,8 @@ pub(crate) trait GuestMachine {
     }
     /// Inserts the image into its drive.
     fn insert_image(&mut self) {}
+    /// Inserts the disks of volumes.
+    fn insert_volumes(&mut self) {}
     /// Returns true if an image snapshot is wanted, for which the guest has to be frozen
     /// first.
     fn wants_root(&self) -> bool {
@@ -80,6 +82,10 @@ pub(crate) trait GuestMachine {
     /// identity later. Every stream to it ends.
     fn reset(&mut self) -> Result<(), String> {
         Err("this machine cannot be reset".to_owned())
+    }
+    /// Returns true if the host has space for what the guest writes, as far as it is known.
+    fn has_space(&self) -> bool {
+        true
     }
     /// Pauses all vCPUs.
     fn pause(&mut self) -> Result<(), String>;
@@ -159,6 +165,9 @@ pub(crate) enum SupervisorEvent {
     Snapshot(Result<PublishedSnapshot, String>),
     /// The guest became unreachable because its driver broke the vsock device; the cause.
     Unreachable(String),
+    /// The host has no space for what the guest writes. The request is executed again after
+    /// the next pause.
+    NoSpace,
     /// All bytes that the guest has sent to published ports, or to clients of its commands,
     /// were delivered.
     Delivered,

@@ -124,6 +124,7 @@ mod cache;
 mod capturing;
 mod conn;
 mod descriptors;
+pub mod disks;
 pub mod environment;
 mod failure;
 mod guest;

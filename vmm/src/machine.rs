@@ -1,6 +1,8 @@
 //! Starts the machine of a launch request on this host's hypervisor.
 
+mod disks;
 mod guest;
+mod writable;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -11,7 +13,7 @@ use std::time::Duration;
 
 use sm_control::config::LaunchConfig;
 use sm_control::id::random;
-use sm_control::launch::{DiskSegment, LaunchRequest, Paging, StartSource};
+use sm_control::launch::{LaunchRequest, Paging, StartSource};
 use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
@@ -26,17 +28,19 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitLatch;
-use sm_vmm_core::layout::{SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
+use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
 use sm_vmm_core::virtio::blk::{Access, Block};
-use sm_vmm_core::virtio::disk::{Disk, FileSegment};
+use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
 
+use self::writable::WritableDisk;
 use super::cache;
 use super::capturing::Capturing;
 use super::descriptors::Descriptors;
+use super::disks::DiskDirectory;
 use super::environment::{Identity, InitramfsBuilder, VmRecord, VmmEnvironment};
 use super::failure::StartFailure;
 use super::guest::{EventSender, GuestMachine, SupervisorEvent};
@@ -56,6 +60,8 @@ pub(crate) struct RunningMachine {
     /// The root disk, and the image to insert after the base snapshot was captured.
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
+    /// The disk for changes to the root, then those of volumes.
+    disks: Vec<WritableDisk>,
     /// The layer of the snapshot that was restored, if any.
     restored: Option<Layer>,
     start_timeout: Duration,
@@ -170,8 +176,14 @@ pub(crate) fn start(
     let cpu = CpuFeatures::of(&features.cpuid);
     let mut warnings = Vec::new();
     let mut request = request.clone();
+    let changes = DiskDirectory::new(record.directory(), SLOT_DATA_DISK);
+    let has_changes = changes.exists().map_err(failed("find the VM's disk"))?;
     loop {
-        let plan = StartPlan::of(&request, &cpu, environment)?;
+        let plan = StartPlan::of(&request, &cpu, environment, has_changes)?;
+        if !has_changes {
+            // An earlier attempt may have left one.
+            changes.remove().map_err(failed("remove the VM's disk"))?;
+        }
         let automatic = plan.automatic();
         let parts = LaunchParts {
             host: host.clone(),
@@ -259,7 +271,7 @@ fn begin(
             limit: &descriptors.published,
         },
     )?;
-    let root = root_disk(environment, &plan.content.root)?;
+    let root = disks::root(environment, &plan.content.root)?;
     // A disk that the guest already knows is present from the start; otherwise it is
     // inserted after the base snapshot was captured.
     let (disk, image) = match restored {
@@ -267,7 +279,10 @@ fn begin(
         _ => (Disk::empty(), Some(root)),
     };
     let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
-    parts.devices = vec![
+    let mut disks = vec![disks::changes(request, record, &plan, events.clone())?];
+    disks.extend(disks::volumes(request, record, &plan, events)?);
+    parts.devices = disks.iter().map(WritableDisk::device).collect();
+    parts.devices.extend([
         DeviceConfig {
             slot: SLOT_VSOCK,
             device: vsock,
@@ -277,7 +292,7 @@ fn begin(
             device: root.clone(),
         },
         device(SLOT_RNG, Rng::new()),
-    ];
+    ]);
     let (mut machine, source) = match plan.source {
         ResolvedSource::Snapshot {
             store,
@@ -300,6 +315,7 @@ fn begin(
         muxer,
         root,
         image,
+        disks,
         restored,
         start_timeout: Duration::from_millis(request.start_timeout_ms),
         config: request.config.clone(),
@@ -462,19 +478,4 @@ fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceCo
         slot,
         device: Arc::new(Mutex::new(device)),
     }
-}
-
-fn root_disk(environment: &dyn VmmEnvironment, segments: &[DiskSegment]) -> Result<Disk, String> {
-    let mut opened = Vec::with_capacity(segments.len());
-    for segment in segments {
-        let file = environment
-            .open_segment(segment)
-            .map_err(failed("open a part of the image"))?;
-        opened.push(FileSegment {
-            file,
-            offset: segment.offset,
-            len: segment.len,
-        });
-    }
-    Disk::composite(opened).map_err(failed("assemble the root disk"))
 }

@@ -23,6 +23,7 @@ use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::layout::MACHINE_VERSION;
 use sm_vmm_core::state::{MachineState, SECTION_VERSIONS};
+use sm_vmm_core::virtio::layered::MAX_LAYERS;
 use sm_vmm_core::virtio::{blk, rng};
 
 use super::environment::Identity;
@@ -54,6 +55,25 @@ pub struct Content {
     pub root: Vec<DiskSegment>,
     /// The configuration of the VM with the workload; only in workload snapshots.
     pub config: Option<StoredConfigV1>,
+    /// The writable disks.
+    pub disks: Vec<SavedDisk>,
+}
+
+/// A writable disk in a snapshot: its layers are the files `disk-SLOT.0` (the lowest one),
+/// `disk-SLOT.1` and so on, none of which is written to any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDisk {
+    /// The slot of its device.
+    pub slot: u32,
+    /// The number of layers.
+    pub layers: usize,
+}
+
+impl SavedDisk {
+    /// Returns the name of the file of a layer.
+    pub(crate) fn file_name(slot: u32, number: usize) -> String {
+        format!("disk-{slot}.{number}")
+    }
 }
 
 /// A machine in a snapshot, opened for use.
@@ -64,6 +84,19 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
+    /// Returns the files of the layers of the disk in `slot`, the lowest one first; `None`
+    /// if the snapshot has no such disk.
+    pub(crate) fn disk(&self, slot: u32) -> Option<Vec<PathBuf>> {
+        let disk = self.content.disks.iter().find(|disk| disk.slot == slot)?;
+        let dir = self.chain.tip().lease.dir();
+        let layers = 0..disk.layers.min(MAX_LAYERS);
+        Some(
+            layers
+                .map(|number| dir.join(SavedDisk::file_name(slot, number)))
+                .collect(),
+        )
+    }
+
     /// Opens a snapshot and checks that this host and program can run it. `cpu` is the
     /// CPU that the host offers to guests, `identity` the required guest software, if
     /// any.

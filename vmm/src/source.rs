@@ -37,6 +37,7 @@ pub(crate) enum ResolvedSource {
 
 impl StartPlan {
     /// Resolves the start source of `request`, on a host that offers `cpu` to guests.
+    /// `has_changes` says that the VM has a disk with changes to its root.
     ///
     /// # Errors
     /// The requested snapshot cannot be used, or kernel and agent cannot be read; a
@@ -45,6 +46,7 @@ impl StartPlan {
         request: &LaunchRequest,
         cpu: &CpuFeatures,
         environment: &dyn VmmEnvironment,
+        has_changes: bool,
     ) -> Result<Self, String> {
         let root = request.data.join("snapshots");
         let store = SnapshotStore::open(&root).unwrap_or_else(|error| {
@@ -68,6 +70,7 @@ impl StartPlan {
                 kernel: request.config.kernel.clone(),
                 root: image.root.clone(),
                 config: None,
+                disks: Vec::new(),
             },
             identity,
             store: store.clone(),
@@ -75,7 +78,7 @@ impl StartPlan {
             image_plan: None,
         };
         if !image.cold {
-            plan.use_cache(store, request, image, cpu)?;
+            plan.use_cache(store, request, image, cpu, has_changes)?;
         }
         Ok(plan)
     }
@@ -111,9 +114,14 @@ impl StartPlan {
         request: &LaunchRequest,
         image: &ImageSource,
         cpu: &CpuFeatures,
+        has_changes: bool,
     ) -> Result<(), String> {
         let cache = Cache::of(store.clone(), request, image, self.identity.clone(), cpu)?;
-        let found = cache.open();
+        // An image snapshot has a root without changes mounted.
+        let found = match has_changes {
+            true => cache.open_base(),
+            false => cache.open(),
+        };
         self.base_plan = found.base_missing.then(|| cache.base_plan(request, image));
         self.image_plan = found
             .image_missing

@@ -16,10 +16,12 @@ mod events;
 mod guest_side;
 mod health;
 mod machine_end;
+mod mounts;
 mod output;
 mod restarting;
 mod signals;
 mod snapshots;
+mod space;
 mod stage;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -92,6 +94,8 @@ enum SupervisorTimer {
     Delivery,
     /// The guest should have powered itself off.
     PowerOff,
+    /// The host may have space again for what the guest writes.
+    Space,
     /// The machine should have ended.
     End,
     /// Accepting connections is retried.
@@ -172,6 +176,7 @@ pub(crate) struct Supervisor<G> {
     signals_sent: u64,
     signal_timeout: Duration,
     power_off_timeout: Duration,
+    space_interval: Duration,
     record_retry: Duration,
     /// The health of the workload, if it is checked.
     health: Option<Health>,
@@ -205,6 +210,10 @@ impl<G: GuestMachine> Supervisor<G> {
             .launcher
             .map(|stream| ConnectedClient::launcher(stream, &parts.request))
             .transpose()?;
+        let power_off_timeout = match parts.request.root_disk {
+            Some(_) if !parts.request.config.auto_remove => machine_end::WRITE_BACK_TIMEOUT,
+            _ => machine_end::POWER_OFF_TIMEOUT,
+        };
         let mut supervisor = Self {
             guest: Some(parts.guest),
             events: parts.events,
@@ -232,7 +241,8 @@ impl<G: GuestMachine> Supervisor<G> {
             signals: Vec::new(),
             signals_sent: 0,
             signal_timeout: signals::SIGNAL_TIMEOUT,
-            power_off_timeout: machine_end::POWER_OFF_TIMEOUT,
+            power_off_timeout,
+            space_interval: space::LOOK,
             record_retry: ending::RECORD_RETRY,
             epoch: String::new(),
             health: None,
@@ -369,6 +379,7 @@ impl<G: GuestMachine> Supervisor<G> {
                         SupervisorEvent::Captured(copied) => self.captured(copied),
                         SupervisorEvent::Snapshot(published) => self.snapshot_published(published),
                         SupervisorEvent::Delivered => self.delivered(),
+                        SupervisorEvent::NoSpace => self.pause_for_space(),
                         SupervisorEvent::Unreachable(reason) => self.guest_broke(&format!(
                             "the guest's vsock driver broke its device: {reason}"
                         )),
@@ -468,7 +479,8 @@ impl<G: GuestMachine> Supervisor<G> {
 
     /// Returns true if a timer shows that the workload is about to end.
     fn is_about_to_end(&self) -> bool {
-        self.timers.iter().any(|(timer, _)| timer.is_of_guest())
+        let mut timers = self.timers.iter();
+        timers.any(|(timer, _)| timer.is_of_guest() && *timer != SupervisorTimer::Space)
     }
 
     fn next_deadline(&self) -> Option<Instant> {

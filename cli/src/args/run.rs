@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use sm_runtime::Publication;
 use sm_runtime::image::Platform;
 use sm_runtime::publish::Ports;
+use sm_runtime::volumes::Mount;
+use sm_runtime::{Publication, RootStorage};
 
 use super::life::LifeArgs;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
@@ -125,11 +126,17 @@ pub(crate) struct CreateArgs {
     /// Firecracker and Cloud Hypervisor
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
-    // These options are accepted only to refuse them with a helpful message.
-    #[arg(short, long, value_name = "SOURCE:TARGET", hide = true)]
-    pub(crate) volume: Vec<String>,
-    #[arg(long, value_name = "MOUNT", hide = true)]
-    pub(crate) mount: Vec<String>,
+    /// Mount a volume, which is created if it does not exist; without a name, a disk that is
+    /// removed with the VM. Options: ro, nocopy (leave an empty volume empty)
+    #[arg(short, long, value_name = "[NAME:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
+    pub(crate) volume: Vec<Mount>,
+    /// Mount a volume or guest memory: type=volume|tmpfs,target=PATH, and source=NAME,
+    /// readonly, volume-nocopy, tmpfs-size=SIZE or tmpfs-mode=MODE
+    #[arg(long, value_name = "OPTION=VALUE[,OPTION=VALUE]...", value_parser = Mount::from_mount_option)]
+    pub(crate) mount: Vec<Mount>,
+    /// Mount guest memory. Options: size=SIZE, mode=MODE, ro
+    #[arg(long, value_name = "TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_tmpfs_option)]
+    pub(crate) tmpfs: Vec<Mount>,
     /// Guest memory, such as 256m or 1g; at least 64m [default: 512m]
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
@@ -160,9 +167,14 @@ pub(crate) struct CreateArgs {
     /// Size of /dev/shm [default: 64m]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) shm_size: Option<u64>,
-    /// Limit of the writable layer, which is guest memory [default: half of it]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub(crate) tmpfs_size: Option<u64>,
+    /// Storage for changes to the root: a disk, which stays until the VM is removed, or
+    /// guest memory [default: disk]
+    #[arg(long, value_name = "STORAGE", value_enum)]
+    pub(crate) root: Option<Root>,
+    /// Option of that storage: size=SIZE limits changes [default: size=64g for a disk, half
+    /// of the memory for tmpfs]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_storage_size)]
+    pub(crate) storage_opt: Option<u64>,
     /// Resource limit of the command
     #[arg(long, value_name = "NAME=SOFT[:HARD]")]
     pub(crate) ulimit: Vec<String>,
@@ -191,6 +203,37 @@ pub(crate) struct CreateArgs {
 }
 
 /// Condition for asking a registry for an image.
+/// Storage for changes to the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Root {
+    /// A sparse disk
+    Disk,
+    /// Guest memory
+    Tmpfs,
+}
+
+impl CreateArgs {
+    /// Returns the storage for changes to the root; `None` if no option was given.
+    pub(crate) fn root_storage(&self) -> Option<RootStorage> {
+        match (self.root, self.storage_opt) {
+            (None, None) => None,
+            (Some(Root::Tmpfs), limit) => Some(RootStorage::Memory { limit }),
+            (Some(Root::Disk) | None, Some(bytes)) => Some(RootStorage::Disk {
+                bytes: bytes.next_multiple_of(4096),
+            }),
+            (Some(Root::Disk), None) => Some(RootStorage::default()),
+        }
+    }
+}
+
+/// Parses `size=SIZE`.
+fn parse_storage_size(text: &str) -> Result<u64, String> {
+    match text.split_once('=') {
+        Some(("size", size)) => parse_size(size),
+        _ => Err("the only option is size=SIZE".to_owned()),
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Pull {
     /// At each start

@@ -256,7 +256,11 @@ fn status(vm: &Inspection, now: SystemTime) -> String {
             }
             None => format!("Up {}", elapsed(state.started, now)),
         },
-        (VmStatus::Paused, _) => format!("Up {} (paused)", elapsed(state.started, now)),
+        (VmStatus::Paused, _) => {
+            let problem = state.problem.as_ref();
+            let why = problem.map_or_else(String::new, |problem| format!(": {problem}"));
+            format!("Up {} (paused{why})", elapsed(state.started, now))
+        }
         (other, _) => {
             let mut text = other.to_string();
             if let Some(first) = text.get_mut(..1) {

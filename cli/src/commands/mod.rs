@@ -14,6 +14,7 @@ mod snapshot;
 mod start;
 mod system;
 mod top;
+mod volume;
 
 use clap::CommandFactory as _;
 use sm_runtime::Sm;
@@ -62,6 +63,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Fork(args) => snapshot::fork(&sm()?, &args, printer),
         Command::Reset(args) => lifecycle::reset(&sm()?, &args, printer),
         Command::Snapshot(command) => snapshot::run(&sm()?, command, printer),
+        Command::Volume(command) => volume::run(&sm()?, command, printer),
         Command::Kernel(command) => kernel::run(&sm()?, command, printer),
         Command::Doctor(args) => kernel::doctor(&sm()?, &args, printer),
         Command::Completions { shell } => {

@@ -129,13 +129,6 @@ fn refuse_unsupported(args: &CreateArgs) -> anyhow::Result<()> {
              itself (sysctl -w), as the kernel is its own. Leave out --sysctl"
         );
     }
-    if let Some(volume) = args.volume.iter().chain(&args.mount).next() {
-        bail!(
-            "\"{volume}\" cannot be mounted: guests cannot reach files of the host yet. \
-             Put the files into the image, or hand them over as input: \
-             tar -c FILES | sm exec -i VM tar -x"
-        );
-    }
     Ok(())
 }
 
@@ -317,8 +310,8 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     if let Some(size) = args.shm_size {
         options = options.shm_size(size);
     }
-    if let Some(size) = args.tmpfs_size {
-        options = options.upper_size(size);
+    if let Some(storage) = args.root_storage() {
+        options = options.root(storage);
     }
     if let Some(seconds) = args.stop_timeout {
         options = options.stop_timeout(Duration::from_secs(seconds));
@@ -328,6 +321,9 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     }
     if let Some(kernel) = &args.kernel {
         options = options.kernel(kernel);
+    }
+    for mount in args.volume.iter().chain(&args.mount).chain(&args.tmpfs) {
+        options = options.mount(mount.clone());
     }
     for host in &args.add_host {
         let Some((name, address)) = host.split_once(':') else {

@@ -25,7 +25,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub use self::launch::LaunchConfig;
 pub use self::life::{RestartPolicy, UnknownPolicy};
 pub use self::record::{RecordConfigV1, RecordFormError};
-pub use self::start::{SettingsSourceV1, StartSettingsV1};
+pub use self::start::{MountSourceV1, MountV1, SettingsSourceV1, StartSettingsV1};
 pub use self::stored::StoredConfigV1;
 pub use self::view::ConfigView;
 pub use crate::health::HealthCheck;

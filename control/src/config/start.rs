@@ -17,7 +17,11 @@ pub struct StartSettingsV1 {
     /// Loading of a snapshot's memory.
     #[serde(default)]
     pub paging: Paging,
-    /// Size limit of the writable layer in bytes; absent for half of guest memory.
+    /// Capacity in bytes of the disk for changes to the root; absent if they are in guest
+    /// memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_disk: Option<u64>,
+    /// Size limit of changes in guest memory in bytes; absent for half of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upper_size: Option<u64>,
     /// Size of `/dev/shm` in bytes; absent for the guest's default.
@@ -29,8 +33,43 @@ pub struct StartSettingsV1 {
     /// Name servers for `/etc/resolv.conf`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nameservers: Vec<String>,
+    /// Mounts in the workload's file system.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mounts: Vec<MountV1>,
     /// Milliseconds that guest and agent have until the workload runs.
     pub start_timeout_ms: u64,
+}
+
+/// A mount of [`StartSettingsV1`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountV1 {
+    /// The mounted file system.
+    pub source: MountSourceV1,
+    /// Absolute path in the workload's root.
+    pub target: String,
+    /// The workload cannot write to it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The file system of a [`MountV1`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MountSourceV1 {
+    /// A volume.
+    Volume {
+        /// Its name; absent for a disk in the VM's record.
+        name: Option<String>,
+        /// The image's files at the target are copied to an empty volume.
+        copy: bool,
+    },
+    /// Guest memory.
+    Tmpfs {
+        /// Limit in bytes; absent for half of guest memory.
+        size: Option<u64>,
+        /// Permissions of its root directory; absent for 1777.
+        mode: Option<u32>,
+    },
 }
 
 /// The source of [`StartSettingsV1`]. The image and the kernel are those of the

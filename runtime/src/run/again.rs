@@ -111,13 +111,14 @@ fn launch_again(
         let settings =
             settings.ok_or_else(|| Refusal::NoStartSettings(record.config().name.clone()))?;
         let (source, _image) = source(sm, &record, &settings.source)?;
+        let fixed = request(sm, &record, settings, source)?;
         let mut request = LaunchRequest {
             attach: options.attach,
             columns: options.terminal_size.0,
             rows: options.terminal_size.1,
             phases: options.phases,
             existing: true,
-            ..request(sm, &record, settings, source)
+            ..fixed
         };
         request.phases.push(Phase::now("image resolved"));
         let (child, session) = spawn(&record, &request, &lock, &program)?;

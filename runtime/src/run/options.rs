@@ -11,6 +11,7 @@ use sm_control::timings::Phase;
 use sm_guest_proto::forward::MAX_WAIT_MS;
 
 use super::HealthOptions;
+use crate::volumes::Mount;
 use crate::workload::Overrides;
 use crate::{Error, OptionError};
 
@@ -23,6 +24,35 @@ pub const DEFAULT_CPUS: u32 = 1;
 /// Default time between stop signal and SIGKILL.
 pub(crate) const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const MEBIBYTE: u64 = 1 << 20;
+
+/// Storage for changes to the root file system of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RootStorage {
+    /// A sparse disk in the VM's record. It stays when the VM ends, until the VM is removed.
+    Disk {
+        /// Its capacity in bytes, a multiple of 4096 from [`MIN_ROOT_DISK`] to
+        /// [`MAX_ROOT_DISK`]. Only what is written takes space on the host.
+        bytes: u64,
+    },
+    /// Guest memory. Changes are lost when the VM ends.
+    Memory {
+        /// Limit in bytes; absent for half of guest memory.
+        limit: Option<u64>,
+    },
+}
+
+/// Smallest disk for changes to a root, in bytes.
+pub const MIN_ROOT_DISK: u64 = 64 << 20;
+/// Largest disk for changes to a root, in bytes.
+pub const MAX_ROOT_DISK: u64 = 8 << 40;
+
+impl Default for RootStorage {
+    /// A disk of 64 GiB.
+    fn default() -> Self {
+        Self::Disk { bytes: 64 << 30 }
+    }
+}
 
 /// Options for starting a VM.
 #[derive(Clone, Debug)]
@@ -37,8 +67,9 @@ pub struct RunOptions {
     pub(crate) read_only: bool,
     pub(crate) attach: bool,
     pub(super) terminal_size: (u16, u16),
-    pub(crate) upper_size: Option<u64>,
+    pub(crate) root: Option<RootStorage>,
     pub(crate) shm_size: Option<u64>,
+    pub(crate) mounts: Vec<Mount>,
     pub(crate) extra_hosts: Vec<(String, String)>,
     pub(crate) nameservers: Vec<String>,
     pub(crate) stop_timeout: Option<Duration>,
@@ -67,8 +98,9 @@ impl Default for RunOptions {
             read_only: false,
             attach: false,
             terminal_size: (80, 24),
-            upper_size: None,
+            root: None,
             shm_size: None,
+            mounts: Vec::new(),
             extra_hosts: Vec::new(),
             nameservers: Vec::new(),
             stop_timeout: None,
@@ -190,11 +222,10 @@ impl RunOptions {
         self
     }
 
-    /// Sets the size limit of the writable layer in bytes; the default is half of guest
-    /// memory.
+    /// Sets the storage for changes to the root; the default is [`RootStorage::default`].
     #[must_use]
-    pub fn upper_size(mut self, bytes: u64) -> Self {
-        self.upper_size = Some(bytes);
+    pub fn root(mut self, storage: RootStorage) -> Self {
+        self.root = Some(storage);
         self
     }
 
@@ -202,6 +233,13 @@ impl RunOptions {
     #[must_use]
     pub fn shm_size(mut self, bytes: u64) -> Self {
         self.shm_size = Some(bytes);
+        self
+    }
+
+    /// Mounts a volume or a tmpfs.
+    #[must_use]
+    pub fn mount(mut self, mount: Mount) -> Self {
+        self.mounts.push(mount);
         self
     }
 
@@ -307,14 +345,17 @@ impl RunOptions {
 
     /// Returns the settings of starts with these options.
     pub(super) fn settings(&self, source: SettingsSourceV1) -> StartSettingsV1 {
+        let (root_disk, upper_size) = self.root_sizes();
         StartSettingsV1 {
             source,
             cmdline: self.cmdline.clone(),
             paging: self.paging,
-            upper_size: self.upper_size,
+            root_disk,
+            upper_size,
             shm_size: self.shm_size,
             extra_hosts: self.extra_hosts.clone(),
             nameservers: self.nameservers.clone(),
+            mounts: self.mounts.iter().map(Mount::stored).collect(),
             start_timeout_ms: super::millis(self.start_timeout),
         }
     }
@@ -331,6 +372,16 @@ impl RunOptions {
         mebibytes.map(|count| count.saturating_mul(MEBIBYTE))
     }
 
+    /// Returns the capacity of the disk for changes to the root, and the limit of changes in
+    /// guest memory, as a launch request has them.
+    pub(super) fn root_sizes(&self) -> (Option<u64>, Option<u64>) {
+        match self.root.unwrap_or_default() {
+            _ if self.read_only => (None, None),
+            RootStorage::Disk { bytes } => (Some(bytes), None),
+            RootStorage::Memory { limit } => (None, limit),
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.auto_remove && self.restart != RestartPolicy::No {
             return Err(OptionError::RestartOfRemoved.into());
@@ -345,6 +396,16 @@ impl RunOptions {
         }
         if self.cpus == Some(0) {
             return Err(OptionError::Cpus.into());
+        }
+        if let Some(RootStorage::Disk { bytes }) = self.root
+            && !(bytes.is_multiple_of(4096) && (MIN_ROOT_DISK..=MAX_ROOT_DISK).contains(&bytes))
+        {
+            return Err(OptionError::RootDisk {
+                bytes,
+                minimum: MIN_ROOT_DISK,
+                maximum: MAX_ROOT_DISK,
+            }
+            .into());
         }
         Ok(())
     }

@@ -145,8 +145,11 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     if options.kernel.is_some() || !options.cmdline.is_empty() || options.cold {
         return fixed(FixedOption::Kernel);
     }
-    if options.read_only || options.upper_size.is_some() {
+    if options.read_only || options.root.is_some() {
         return fixed(FixedOption::Root);
+    }
+    if !options.mounts.is_empty() {
+        return fixed(FixedOption::Mounts);
     }
     // The snapshot does not contain the current value.
     if options.shm_size.is_some() {
@@ -310,7 +313,7 @@ mod tests {
         assert!(refused(RunOptions::new().memory(run::DEFAULT_MEMORY)));
         assert!(refused(RunOptions::new().cpus(run::DEFAULT_CPUS)));
         assert!(refused(RunOptions::new().shm_size(64 << 20)));
-        assert!(refused(RunOptions::new().upper_size(0)));
+        assert!(refused(RunOptions::new().root(run::RootStorage::default())));
         let timeout = |options: RunOptions| stop_timeout(&made_of(), &options);
         assert_eq!(timeout(RunOptions::new()), Duration::from_secs(3));
         let default = Duration::from_secs(10);

@@ -24,6 +24,9 @@ const MAX_CONCURRENT: usize = 256;
 /// reports free space in a backlog.
 const MOST_FULL: usize = 64;
 
+/// The problem of a VM that waits for space.
+const NO_SPACE: &str = "no disk space on the host";
+
 impl StateView {
     fn new(status: VmStatus) -> Self {
         Self {
@@ -66,6 +69,7 @@ impl StateView {
             false => record.last_exit(),
         };
         Self {
+            problem: status.lacks_space.then(|| NO_SPACE.to_owned()),
             last_exit: last.ok().flatten(),
             restarts: status.restarts,
             health: status.health,

@@ -14,6 +14,7 @@ use sm_devices_vsock::ConnectOptions;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
+use super::writable::WritableDisk;
 use super::{RunningMachine, failed};
 use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
 use crate::guest::{
@@ -58,7 +59,13 @@ impl RunningMachine {
             copied: Box::new(move |copied| events.send(SupervisorEvent::Captured(copied))),
             published,
         };
-        let (capturing, thread) = Capturing::begin(plan, &mut self.machine, origin, callbacks)?;
+        let disks = &self.disks;
+        let freeze = || {
+            let frozen = disks.iter().filter_map(|disk| disk.freeze().transpose());
+            frozen.collect()
+        };
+        let (capturing, thread) =
+            Capturing::begin(plan, &mut self.machine, origin, freeze, callbacks)?;
         self.capturing = Some(capturing);
         self.publishing.push(thread);
         Ok(())
@@ -93,6 +100,16 @@ impl GuestMachine for RunningMachine {
         if let Some(image) = self.image.take() {
             let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
             root.set_disk(image);
+        }
+        // Those of volumes follow the image snapshot, which is not of this VM only.
+        if let Some(changes) = self.disks.first_mut() {
+            changes.insert();
+        }
+    }
+
+    fn insert_volumes(&mut self) {
+        for disk in &mut self.disks {
+            disk.insert();
         }
     }
 
@@ -195,6 +212,9 @@ impl GuestMachine for RunningMachine {
         // Pages that were only read are unchanged and stay mapped.
         let written = sm_snapshot::pagemap::private(&self.machine.memory().guest)
             .map_err(failed("find what the machine wrote"))?;
+        for disk in &self.disks {
+            disk.reset()?;
+        }
         self.machine
             .reset_to(&state, Some(&written))
             .map_err(failed("reset the machine"))?;
@@ -210,6 +230,10 @@ impl GuestMachine for RunningMachine {
         let options = ConnectOptions::default().wait(self.start_timeout);
         self.muxer.connect(port, theirs.into(), options);
         Ok(ours)
+    }
+
+    fn has_space(&self) -> bool {
+        self.disks.iter().all(WritableDisk::has_space)
     }
 
     fn pause(&mut self) -> Result<(), String> {

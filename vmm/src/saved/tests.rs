@@ -22,7 +22,7 @@ use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
-use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
+use crate::capturing::{CaptureCallbacks, Capturing, FrozenDisk, Origin, PublishedCapture};
 
 const ENTRY: u32 = 0x10_0000;
 
@@ -140,10 +140,14 @@ fn callbacks() -> (CaptureCallbacks, Heard) {
     (callbacks, heard)
 }
 
+fn no_disks() -> Result<Vec<FrozenDisk>, String> {
+    Ok(Vec::new())
+}
+
 fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<PublishedCapture, String> {
     let (callbacks, heard) = callbacks();
     let plan = plan(&f.store, name);
-    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, callbacks)?;
+    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, no_disks, callbacks)?;
     assert!(!f.machine.is_running());
     let copied = heard.copied.recv().unwrap();
     f.machine.resume().unwrap();
@@ -327,7 +331,7 @@ fn a_cancelled_capture_publishes_nothing() {
         let (callbacks, heard) = callbacks();
         let plan = plan(&f.store, "base");
         let (capturing, thread) =
-            Capturing::begin(plan, &mut f.machine, Origin::default(), callbacks).unwrap();
+            Capturing::begin(plan, &mut f.machine, Origin::default(), no_disks, callbacks).unwrap();
         if after_copying {
             heard.copied.recv().unwrap().unwrap();
         }

@@ -357,6 +357,7 @@ impl<G: GuestMachine> Supervisor<G> {
         Status {
             stage: self.stage.public(),
             paused: self.stage.is_paused(),
+            lacks_space: self.stage.lacks_space(),
             vmm_pid: std::process::id(),
             epoch: self.epoch.clone(),
             started_ns: self.started_ns,
@@ -403,12 +404,12 @@ impl<G: GuestMachine> Supervisor<G> {
                 MachineActivity::Preparing(_)
                 | MachineActivity::Copying(_)
                 | MachineActivity::Publishing(_) => Some(CAPTURED),
-                MachineActivity::Free | MachineActivity::Paused
+                MachineActivity::Free | MachineActivity::Paused | MachineActivity::NoSpace
                     if pause && self.is_about_to_end() =>
                 {
                     Some("the VM is about to end")
                 }
-                MachineActivity::Free | MachineActivity::Paused => None,
+                MachineActivity::Free | MachineActivity::Paused | MachineActivity::NoSpace => None,
             },
         };
         if let Some(text) = refusal {
@@ -498,10 +499,10 @@ impl<G: GuestMachine> Supervisor<G> {
         }
     }
 
-    /// Resumes the vCPUs if they were paused on request.
+    /// Resumes the vCPUs if they are paused.
     pub(super) fn resume_vcpus(&mut self) -> Result<(), String> {
         if let SupervisorStage::Running(RunningStage { machine, .. }) = &mut self.stage
-            && matches!(machine, MachineActivity::Paused)
+            && machine.is_paused()
         {
             *machine = MachineActivity::Free;
             if let Some(guest) = &mut self.guest {

@@ -50,6 +50,7 @@ impl<G: GuestMachine> Supervisor<G> {
             // The loop tries again after each wait.
             SupervisorTimer::Accept | SupervisorTimer::Shortage => {}
             SupervisorTimer::Signal => self.signals_are_overdue(),
+            SupervisorTimer::Space => self.look_for_space(),
             SupervisorTimer::Idle => self.drop_idle_clients(),
             SupervisorTimer::Record => self.retry_exit_record(),
             SupervisorTimer::Health => self.start_health_check(),
@@ -163,7 +164,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 self.thaw();
                 return self.snapshot_failed("the VM is to stop");
             }
-            MachineActivity::Free | MachineActivity::Paused => {}
+            MachineActivity::Free | MachineActivity::Paused | MachineActivity::NoSpace => {}
         }
         // The exit report may be behind output that a client does not read.
         self.skip_slow_clients();

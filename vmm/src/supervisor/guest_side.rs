@@ -14,6 +14,7 @@ use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
 use sm_snapshot::manifest::Layer;
 
+use super::mounts;
 use super::stage::{MachineEnd, Resetting, RunningStage, Startup, StartupStep, SupervisorStage};
 use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::{AgentLink, Purpose};
@@ -22,6 +23,8 @@ use crate::guest::GuestMachine;
 
 /// The root disk in the guest.
 const ROOT_DEVICE: &str = "/dev/vda";
+/// The disk for changes to the root in the guest.
+const CHANGES_DEVICE: &str = "/dev/vdb";
 /// The phase after which the guest has its own identity.
 pub(super) const IDENTITY_REFRESHED: &str = "identity refreshed";
 /// Time limit for a restored guest's kernel to see its new generation ID.
@@ -128,8 +131,13 @@ impl<G: GuestMachine> Supervisor<G> {
     fn attach_root(&self) -> AttachRoot {
         AttachRoot {
             lower: ROOT_DEVICE.to_owned(),
-            upper: Upper::Tmpfs {
-                size: self.request.upper_size.unwrap_or(0),
+            upper: match self.request.root_disk {
+                Some(_) => Upper::Ext4 {
+                    device: CHANGES_DEVICE.to_owned(),
+                },
+                None => Upper::Tmpfs {
+                    size: self.request.upper_size.unwrap_or(0),
+                },
             },
             hostname: self.request.config.workload.hostname.clone(),
             extra_hosts: self.request.extra_hosts.clone(),
@@ -206,7 +214,7 @@ impl<G: GuestMachine> Supervisor<G> {
                     Some(Layer::Image) => {
                         // Processes that were started in the guest run only from here on.
                         self.thaw();
-                        self.request_workload();
+                        self.mount_volumes();
                     }
                     Some(Layer::App) => self.continue_workload(),
                 }
@@ -214,6 +222,13 @@ impl<G: GuestMachine> Supervisor<G> {
             (Purpose::AttachRoot, ControlReply::Done) => {
                 self.reach("root attached");
                 self.root_attached();
+            }
+            (Purpose::Mount, ControlReply::Done) => {
+                self.reach("volumes mounted");
+                self.request_workload();
+            }
+            (Purpose::Mount, ControlReply::Error { message }) => {
+                self.start_failed_in_guest(&printable(&message), None);
             }
             (Purpose::FreezeRoot, reply) => self.root_frozen(reply),
             (
@@ -293,7 +308,7 @@ impl<G: GuestMachine> Supervisor<G> {
             Some(agent) if has_root => {
                 agent.send_request(Purpose::FreezeRoot, &ControlRequest::Freeze)
             }
-            _ => self.request_workload(),
+            _ => self.mount_volumes(),
         }
     }
 
@@ -319,7 +334,21 @@ impl<G: GuestMachine> Supervisor<G> {
     /// Thaws the guest and continues the start after an image snapshot.
     pub(super) fn go_on_with_root(&mut self) {
         self.thaw();
-        self.request_workload();
+        self.mount_volumes();
+    }
+
+    /// Mounts volumes and tmpfs; the workload follows.
+    fn mount_volumes(&mut self) {
+        let mounts = mounts::of_guest(&self.request.mounts);
+        if mounts.is_empty() {
+            return self.request_workload();
+        }
+        if let Some(guest) = &mut self.guest {
+            guest.insert_volumes();
+        }
+        if let Some(agent) = &mut self.agent {
+            agent.send_request(Purpose::Mount, &ControlRequest::Mount { mounts });
+        }
     }
 
     fn request_workload(&mut self) {

@@ -14,6 +14,8 @@ use crate::guest::GuestMachine;
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time limit for the guest to power itself off.
 pub(super) const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same for a guest that first writes back a disk which is used again.
+pub(super) const WRITE_BACK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit for delivering the bytes that an exited workload had sent to published
 /// ports, and for those that clients of commands have not read when the guest is off.
 pub(super) const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);

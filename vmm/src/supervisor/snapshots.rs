@@ -15,6 +15,7 @@ use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
 
+use super::space::NO_SPACE;
 use super::stage::{
     Copied, MachineActivity, Resetting, RunningStage, SnapshotJob, Startup, StartupStep,
     SupervisorStage,
@@ -45,6 +46,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorStage::Ending(_) => "the workload has ended",
             SupervisorStage::Running(running) => match (&running.machine, &running.publishing) {
                 (MachineActivity::Paused, _) => "the VM is paused: unpause it first",
+                (MachineActivity::NoSpace, _) => NO_SPACE,
                 (
                     MachineActivity::Preparing(_)
                     | MachineActivity::Copying(_)
@@ -185,6 +187,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 }
                 MachineActivity::Free
                 | MachineActivity::Paused
+                | MachineActivity::NoSpace
                 | MachineActivity::Preparing(_)
                 | MachineActivity::Publishing(_) => {}
             },
@@ -329,6 +332,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorStage::Resetting(_) => "this VM is being reset already",
             SupervisorStage::Running(running) => match (&running.machine, &running.publishing) {
                 (MachineActivity::Paused, _) => "the VM is paused: unpause it first",
+                (MachineActivity::NoSpace, _) => NO_SPACE,
                 (
                     MachineActivity::Preparing(_)
                     | MachineActivity::Copying(_)
@@ -397,7 +401,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 (startup.copying(), None)
             }
             SupervisorStage::Running(running) => match running.machine {
-                MachineActivity::Free | MachineActivity::Paused => {
+                MachineActivity::Free | MachineActivity::Paused | MachineActivity::NoSpace => {
                     if running.publishing.is_none() {
                         self.cancel_capture();
                     }

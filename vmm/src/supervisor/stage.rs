@@ -81,6 +81,8 @@ pub(super) enum MachineActivity {
     Free,
     /// Paused by a client.
     Paused,
+    /// Paused until the host has space for what the guest writes.
+    NoSpace,
     /// The machine runs, and its agent freezes the workload and writes back dirty data.
     Preparing(SnapshotJob),
     /// Paused while its memory is copied.
@@ -171,6 +173,16 @@ impl Startup {
     }
 }
 
+impl MachineActivity {
+    /// Returns whether the machine is paused, and nothing else happens with it.
+    pub(super) fn is_paused(&self) -> bool {
+        match self {
+            Self::Paused | Self::NoSpace => true,
+            Self::Free | Self::Preparing(_) | Self::Copying(_) | Self::Publishing(_) => false,
+        }
+    }
+}
+
 impl RunningStage {
     /// The snapshot that a client waits for.
     fn job(&self) -> Option<&SnapshotJob> {
@@ -178,7 +190,9 @@ impl RunningStage {
             MachineActivity::Preparing(job)
             | MachineActivity::Copying(job)
             | MachineActivity::Publishing(job) => Some(job),
-            MachineActivity::Free | MachineActivity::Paused => self.publishing.as_ref(),
+            MachineActivity::Free | MachineActivity::Paused | MachineActivity::NoSpace => {
+                self.publishing.as_ref()
+            }
         }
     }
 }
@@ -195,7 +209,15 @@ impl SupervisorStage {
 
     pub(super) fn is_paused(&self) -> bool {
         match self {
-            Self::Running(running) => matches!(running.machine, MachineActivity::Paused),
+            Self::Running(running) => running.machine.is_paused(),
+            Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => false,
+        }
+    }
+
+    /// Returns whether the machine is paused until the host has space.
+    pub(super) fn lacks_space(&self) -> bool {
+        match self {
+            Self::Running(running) => matches!(running.machine, MachineActivity::NoSpace),
             Self::Starting(_) | Self::Resetting(_) | Self::Ending(_) => false,
         }
     }
@@ -216,6 +238,7 @@ impl SupervisorStage {
         match self {
             Self::Running(running) => match running.machine {
                 MachineActivity::Paused
+                | MachineActivity::NoSpace
                 | MachineActivity::Copying(_)
                 | MachineActivity::Publishing(_) => true,
                 MachineActivity::Free | MachineActivity::Preparing(_) => false,

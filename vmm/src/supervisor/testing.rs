@@ -58,6 +58,8 @@ pub(crate) struct FakeState {
     ended: OwnedFd,
     pub(crate) end: Mutex<Option<GuestEnd>>,
     pub(crate) paused: Mutex<bool>,
+    /// True if the host has disk space.
+    pub(crate) space: Mutex<bool>,
     pub(crate) console: Mutex<String>,
     /// The last snapshot request.
     pub(crate) snapshot: Mutex<Option<SnapshotPlan>>,
@@ -174,6 +176,9 @@ impl GuestMachine for FakeGuest {
         commands
             .as_ref()
             .is_some_and(|commands| commands.send(()).is_ok())
+    }
+    fn has_space(&self) -> bool {
+        *self.state.space.lock().unwrap()
     }
     fn pause(&mut self) -> Result<(), String> {
         *self.state.paused.lock().unwrap() = true;
@@ -352,10 +357,12 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
             }),
         },
         paging: Paging::Map,
+        root_disk: None,
         upper_size: Some(5),
         shm_size: Some(6),
         extra_hosts: Vec::new(),
         nameservers: Vec::new(),
+        mounts: Vec::new(),
         attach: !setup.detached,
         columns: 80,
         rows: 24,
@@ -378,6 +385,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         ended: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         end: Mutex::new(None),
         paused: Mutex::new(false),
+        space: Mutex::new(true),
         console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
         captured: Mutex::new(None),
@@ -411,6 +419,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
     let mut supervisor = Supervisor::new(parts).unwrap();
     supervisor.power_off_timeout = setup.power_off_timeout.unwrap_or(Duration::from_millis(20));
     supervisor.record_retry = Duration::from_millis(20);
+    supervisor.space_interval = Duration::from_millis(20);
     if let Some(timeout) = setup.signal_timeout {
         supervisor.signal_timeout = timeout;
     }

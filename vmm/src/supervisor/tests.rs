@@ -11,6 +11,7 @@ mod record;
 mod restarts;
 mod signals;
 mod snapshots;
+mod space;
 
 use std::io::{Read as _, Write as _};
 

@@ -1,0 +1,417 @@
+//! Mounts of a VM, and Docker's texts for them.
+
+use std::path::Path;
+
+use sm_control::config::{MountSourceV1, MountV1};
+use sm_control::launch::{MountRequest, MountSource};
+
+use super::{VolumeError, VolumeOptions, Volumes};
+use crate::{Error, OptionError};
+
+/// A file system that is mounted in a workload's root.
+///
+/// ```
+/// use sm_runtime::volumes::Mount;
+///
+/// let data = Mount::volume("db", "/var/lib/db");
+/// assert_eq!(data, Mount::from_volume_option("db:/var/lib/db")?);
+/// let scratch = Mount::tmpfs("/scratch").size(64 << 20).read_only(false);
+/// assert_eq!(scratch, Mount::from_tmpfs_option("/scratch:size=64m")?);
+/// # Ok::<(), String>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    kind: MountKind,
+    target: String,
+    read_only: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum MountKind {
+    Volume {
+        /// `None` for a disk that is removed with the VM.
+        name: Option<String>,
+        copy: bool,
+    },
+    Tmpfs {
+        size: Option<u64>,
+        mode: Option<u32>,
+    },
+}
+
+impl Mount {
+    /// Mounts a volume at the absolute path `target`. A volume that does not exist is created
+    /// when the VM starts. The files that the image has at the target are copied to a volume
+    /// that is empty.
+    #[must_use]
+    pub fn volume(name: impl Into<String>, target: impl Into<String>) -> Self {
+        Self::of_disk(Some(name.into()), target)
+    }
+
+    /// Mounts a disk that is removed with the VM.
+    #[must_use]
+    pub fn anonymous(target: impl Into<String>) -> Self {
+        Self::of_disk(None, target)
+    }
+
+    fn of_disk(name: Option<String>, target: impl Into<String>) -> Self {
+        Self {
+            kind: MountKind::Volume { name, copy: true },
+            target: target.into(),
+            read_only: false,
+        }
+    }
+
+    /// Mounts a file system in guest memory, by default of half its size.
+    #[must_use]
+    pub fn tmpfs(target: impl Into<String>) -> Self {
+        Self {
+            kind: MountKind::Tmpfs {
+                size: None,
+                mode: None,
+            },
+            target: target.into(),
+            read_only: false,
+        }
+    }
+
+    /// Sets whether the workload cannot write to it. Any number of VMs may mount a volume in
+    /// this way at the same time, if none writes to it.
+    #[must_use]
+    pub fn read_only(mut self, yes: bool) -> Self {
+        self.read_only = yes;
+        self
+    }
+
+    /// Leaves an empty volume empty.
+    #[must_use]
+    pub fn without_copy(mut self) -> Self {
+        if let MountKind::Volume { copy, .. } = &mut self.kind {
+            *copy = false;
+        }
+        self
+    }
+
+    /// Sets the limit of a tmpfs in bytes.
+    #[must_use]
+    pub fn size(mut self, bytes: u64) -> Self {
+        if let MountKind::Tmpfs { size, .. } = &mut self.kind {
+            *size = Some(bytes);
+        }
+        self
+    }
+
+    /// Sets the permissions of the root directory of a tmpfs.
+    #[must_use]
+    pub fn mode(mut self, bits: u32) -> Self {
+        if let MountKind::Tmpfs { mode, .. } = &mut self.kind {
+            *mode = Some(bits);
+        }
+        self
+    }
+
+    /// Parses the value of Docker's `-v`: `[NAME:]TARGET[:OPTIONS]`, with the options `ro`,
+    /// `rw` and `nocopy`.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn from_volume_option(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.split(':').collect();
+        let (name, target, options) = match parts[..] {
+            [target] => (None, target, ""),
+            [name, target] if target.starts_with('/') => (Some(name), target, ""),
+            [target, options] => (None, target, options),
+            [name, target, options] => (Some(name), target, options),
+            _ => {
+                return Err(format!(
+                    "\"{text}\" is no volume: write [NAME:]TARGET[:OPTIONS]"
+                ));
+            }
+        };
+        let mut mount = match name {
+            Some(name) if name.starts_with(['/', '.', '~']) => return Err(no_folders(name)),
+            Some(name) => Self::volume(name, target),
+            None => Self::anonymous(target),
+        };
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            mount = match option {
+                "ro" => mount.read_only(true),
+                "rw" => mount.read_only(false),
+                "nocopy" => mount.without_copy(),
+                _ => {
+                    return Err(format!(
+                        "\"{option}\" is no option of a volume: ro, rw, nocopy"
+                    ));
+                }
+            };
+        }
+        mount.checked()
+    }
+
+    /// Parses the value of Docker's `--mount`: `type=volume|tmpfs,target=PATH`, with
+    /// `source=NAME`, `readonly`, `volume-nocopy`, `tmpfs-size=SIZE` and `tmpfs-mode=MODE`.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn from_mount_option(text: &str) -> Result<Self, String> {
+        let value = |wanted: &[&str]| {
+            text.split(',').find_map(|part| {
+                let (name, value) = part.split_once('=').unwrap_or((part, ""));
+                wanted.contains(&name).then_some(value)
+            })
+        };
+        let target = value(&["target", "dst", "destination"]);
+        let target = target.ok_or_else(|| format!("\"{text}\" has no target: add target=PATH"))?;
+        let mut mount = match value(&["type"]).unwrap_or("volume") {
+            "volume" => Self::of_disk(value(&["source", "src"]).map(str::to_owned), target),
+            "tmpfs" => Self::tmpfs(target),
+            "bind" => return Err(no_folders(value(&["source", "src"]).unwrap_or_default())),
+            other => {
+                return Err(format!(
+                    "\"{other}\" is no type of a mount: volume or tmpfs"
+                ));
+            }
+        };
+        let is_tmpfs = matches!(mount.kind, MountKind::Tmpfs { .. });
+        for part in text.split(',') {
+            let (name, value) = part.split_once('=').unwrap_or((part, ""));
+            mount = match name {
+                "type" | "target" | "dst" | "destination" => mount,
+                "source" | "src" if !is_tmpfs => mount,
+                "readonly" | "ro" => mount.read_only(matches!(value, "" | "true" | "1")),
+                "volume-nocopy" if !is_tmpfs => match value {
+                    "" | "true" | "1" => mount.without_copy(),
+                    _ => mount,
+                },
+                "tmpfs-size" if is_tmpfs => mount.size(parse_size(value)?),
+                "tmpfs-mode" if is_tmpfs => mount.mode(parse_mode(value)?),
+                _ => return Err(format!("\"{part}\" is no option of this mount")),
+            };
+        }
+        mount.checked()
+    }
+
+    /// Parses the value of Docker's `--tmpfs`: `TARGET[:OPTIONS]`, with the options `size=`,
+    /// `mode=`, `ro` and `rw`. Others of mount(8) are ignored if they have no meaning here.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn from_tmpfs_option(text: &str) -> Result<Self, String> {
+        let (target, options) = text.split_once(':').unwrap_or((text, ""));
+        let mut mount = Self::tmpfs(target);
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            mount = match name {
+                "size" => mount.size(parse_size(value)?),
+                "mode" => mount.mode(parse_mode(value)?),
+                "ro" => mount.read_only(true),
+                "rw" => mount.read_only(false),
+                "exec" | "nosuid" | "nodev" | "noatime" => mount,
+                _ => {
+                    return Err(format!(
+                        "\"{option}\" is no option of a tmpfs: size=, mode=, ro, rw"
+                    ));
+                }
+            };
+        }
+        mount.checked()
+    }
+
+    /// Returns the form in the VM's record.
+    pub(crate) fn stored(&self) -> MountV1 {
+        MountV1 {
+            source: match &self.kind {
+                MountKind::Volume { name, copy } => MountSourceV1::Volume {
+                    name: name.clone(),
+                    copy: *copy,
+                },
+                MountKind::Tmpfs { size, mode } => MountSourceV1::Tmpfs {
+                    size: *size,
+                    mode: *mode,
+                },
+            },
+            target: self.target.clone(),
+            read_only: self.read_only,
+        }
+    }
+
+    fn checked(self) -> Result<Self, String> {
+        match self.target.starts_with('/') && self.target.len() > 1 {
+            true => Ok(self),
+            false => Err(format!(
+                "\"{}\" cannot be mounted at: write an absolute path other than /",
+                self.target
+            )),
+        }
+    }
+}
+
+fn no_folders(source: &str) -> String {
+    format!(
+        "\"{source}\" cannot be mounted: guests cannot reach files of the host yet. Put the files \
+         into the image or a volume, or hand them over as input: \
+         tar -c FILES | sm exec -i VM tar -x"
+    )
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let bad = || format!("\"{text}\" is no size: write 64m or 1g");
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = text.get(digits.len()..).unwrap_or_default();
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err(bad()),
+    };
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << shift).ok_or_else(bad)
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o7777)
+        .ok_or_else(|| format!("\"{text}\" is no mode: write 1777 or 700"))
+}
+
+/// Returns the mounts for a launch request, parents before children. Volumes that do not
+/// exist are created.
+///
+/// # Errors
+/// Two mounts have the same target, or a volume cannot be created.
+pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<MountRequest>, Error> {
+    let mut requests = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        let target = Path::new(&mount.target);
+        let taken = |other: &MountRequest| Path::new(&other.target) == target;
+        if requests.iter().any(taken) {
+            return Err(OptionError::MountedTwice(mount.target.clone()).into());
+        }
+        let source = match &mount.source {
+            MountSourceV1::Volume { name, copy } => MountSource::Volume {
+                name: name.clone().unwrap_or_default(),
+                directory: match name {
+                    Some(name) => {
+                        let volume = match volumes.get(name) {
+                            Err(Error::Volume(VolumeError::NotFound(_))) => {
+                                volumes.create(Some(name), &VolumeOptions::new())
+                            }
+                            found => found,
+                        };
+                        Some(volume?.path().to_owned())
+                    }
+                    None => None,
+                },
+                copy: *copy,
+            },
+            MountSourceV1::Tmpfs { size, mode } => MountSource::Tmpfs {
+                size: *size,
+                mode: *mode,
+            },
+        };
+        requests.push(MountRequest {
+            source,
+            target: mount.target.clone(),
+            read_only: mount.read_only,
+        });
+    }
+    requests.sort_by_key(|mount| Path::new(&mount.target).components().count());
+    Ok(requests)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volume_options_are_dockers() {
+        let parse = Mount::from_volume_option;
+        assert_eq!(parse("db:/data"), Ok(Mount::volume("db", "/data")));
+        assert_eq!(parse("/data"), Ok(Mount::anonymous("/data")));
+        let read_only = Mount::volume("db", "/data").read_only(true);
+        assert_eq!(parse("db:/data:ro"), Ok(read_only.clone()));
+        assert_eq!(parse("db:/data:ro,nocopy"), Ok(read_only.without_copy()));
+        assert_eq!(
+            parse("/data:ro"),
+            Ok(Mount::anonymous("/data").read_only(true))
+        );
+        for (text, why) in [
+            ("", "absolute path"),
+            ("data", "absolute path"),
+            ("db:/", "absolute path"),
+            ("db:/data:fast", "no option of a volume"),
+            ("a:/b:ro:c", "no volume"),
+            ("/home:/data", "files of the host"),
+            ("./x:/data", "files of the host"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn mount_options_are_dockers() {
+        let parse = Mount::from_mount_option;
+        let db = Mount::volume("db", "/data");
+        assert_eq!(parse("source=db,target=/data"), Ok(db.clone()));
+        assert_eq!(
+            parse("type=volume,src=db,dst=/data,readonly"),
+            Ok(db.clone().read_only(true))
+        );
+        assert_eq!(
+            parse("type=volume,src=db,destination=/data,volume-nocopy"),
+            Ok(db.without_copy())
+        );
+        assert_eq!(
+            parse("type=tmpfs,target=/t,tmpfs-size=1g,tmpfs-mode=700"),
+            Ok(Mount::tmpfs("/t").size(1 << 30).mode(0o700))
+        );
+        for (text, why) in [
+            ("type=volume,source=db", "no target"),
+            ("type=npipe,target=/x", "no type"),
+            ("type=bind,source=/x,target=/x", "files of the host"),
+            ("type=tmpfs,source=db,target=/x", "no option"),
+            ("type=volume,target=/x,tmpfs-size=1m", "no option"),
+            ("type=tmpfs,target=/x,tmpfs-size=much", "no size"),
+            ("type=tmpfs,target=/x,tmpfs-mode=999", "no mode"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn tmpfs_options_are_dockers() {
+        let parse = Mount::from_tmpfs_option;
+        assert_eq!(parse("/t"), Ok(Mount::tmpfs("/t")));
+        assert_eq!(
+            parse("/t:rw,nosuid,size=65536k,mode=1700"),
+            Ok(Mount::tmpfs("/t").size(64 << 20).mode(0o1700))
+        );
+        assert!(parse("t").is_err() && parse("/t:uid=1").is_err());
+    }
+
+    #[test]
+    fn parents_come_first_and_targets_differ() {
+        let dir = tempfile::tempdir().unwrap();
+        let sm = crate::Sm::builder().below(dir.path()).build().unwrap();
+        let mounts = [
+            Mount::tmpfs("/a/b/c"),
+            Mount::volume("db", "/a"),
+            Mount::anonymous("/a/b"),
+        ]
+        .map(|mount| mount.stored());
+        let found = requests(&sm.volumes(), &mounts).unwrap();
+        let targets: Vec<_> = found.iter().map(|mount| mount.target.as_str()).collect();
+        assert_eq!(targets, ["/a", "/a/b", "/a/b/c"]);
+        // It was created.
+        assert!(sm.volumes().get("db").is_ok());
+        let twice = [Mount::tmpfs("/a"), Mount::tmpfs("/a/")].map(|mount| mount.stored());
+        let error = requests(&sm.volumes(), &twice).unwrap_err().to_string();
+        assert!(error.contains("\"/a/\""), "{error}");
+        assert!(requests(&sm.volumes(), &[Mount::volume("-", "/a").stored()]).is_err());
+    }
+}

@@ -1,0 +1,339 @@
+//! The directory of volumes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use sm_control::id::{hex, is_valid_name, random};
+use sm_vmm::disks::{DiskDirectory, Templates};
+
+use super::{
+    DEFAULT_VOLUME_BYTES, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, Volume, VolumeError, VolumeOptions,
+};
+use crate::home::Home;
+
+const DESCRIPTION: &str = "volume.json";
+const LOCK: &str = "lock";
+const DISK: &str = "disk";
+/// Lock file that serialises creation and removal of names.
+const NAMES_LOCK: &str = ".lock";
+/// Prefix of directories that are created or removed; names do not begin with it.
+const TEMPORARY: &str = ".tmp-";
+/// Longest description that is read, in bytes.
+const MAX_DESCRIPTION: u64 = 1 << 20;
+
+/// The description of a volume on disk. Members may be added with defaults.
+#[derive(Debug, Serialize, Deserialize)]
+struct VolumeFileV1 {
+    version: u32,
+    size_bytes: u64,
+    created_ns: u64,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    anonymous: bool,
+}
+
+const VERSION: u32 = 1;
+
+pub(super) struct VolumeStore {
+    directory: PathBuf,
+    templates: Templates,
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VolumeError {
+    let path = path.to_owned();
+    move |source| VolumeError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+fn create_directory(path: &Path, recursive: bool) -> Result<(), VolumeError> {
+    fs::DirBuilder::new()
+        .recursive(recursive)
+        .mode(0o700)
+        .create(path)
+        .map_err(io_error("create directory", path))
+}
+
+/// Takes a lock; `None` if another process holds it.
+fn lock(path: &Path, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io_error("open", path))?;
+    match rustix::io::retry_on_intr(|| flock(&file, operation)) {
+        Ok(()) => Ok(Some(file)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(io_error("lock", path)(errno.into())),
+    }
+}
+
+impl VolumeStore {
+    pub(super) fn open(home: &Home) -> Result<Self, VolumeError> {
+        let directory = home.data().join("volumes");
+        create_directory(&directory, true)?;
+        Ok(Self {
+            directory,
+            templates: Templates::new(home.data()),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Serialises changes of names. It is held briefly: directories are complete before.
+    fn names(&self) -> Result<File, VolumeError> {
+        let path = self.directory.join(NAMES_LOCK);
+        let locked = lock(&path, FlockOperation::LockExclusive)?;
+        locked.ok_or_else(|| io_error("lock", &path)(io::ErrorKind::WouldBlock.into()))
+    }
+
+    /// Holds a volume against all users.
+    fn claim(&self, name: &str) -> Result<File, VolumeError> {
+        let path = self.path(name).join(LOCK);
+        match lock(&path, FlockOperation::NonBlockingLockExclusive) {
+            Ok(Some(file)) => Ok(file),
+            Ok(None) => Err(VolumeError::InUse {
+                name: name.to_owned(),
+                by: holder(&path),
+            }),
+            Err(VolumeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Err(VolumeError::NotFound(name.to_owned()))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(super) fn create(
+        &self,
+        name: Option<&str>,
+        options: &VolumeOptions,
+    ) -> Result<Volume, VolumeError> {
+        let (name, anonymous) = match name {
+            Some(name) => (name.to_owned(), options.anonymous),
+            None => (hex(&random::<32>()), true),
+        };
+        check_name(&name)?;
+        match self.get(&name) {
+            Err(VolumeError::NotFound(_)) => {}
+            found => return found,
+        }
+        let size_bytes = options.size.unwrap_or(DEFAULT_VOLUME_BYTES);
+        let size_bytes = size_bytes.next_multiple_of(4096);
+        if !(MIN_VOLUME_BYTES..=MAX_VOLUME_BYTES).contains(&size_bytes) {
+            return Err(VolumeError::Size(size_bytes));
+        }
+        let file = VolumeFileV1 {
+            version: VERSION,
+            size_bytes,
+            created_ns: now_ns(),
+            labels: options.labels.clone(),
+            anonymous,
+        };
+        let disk_error = disk_error(&name);
+        let template = self.templates.get(size_bytes).map_err(disk_error)?;
+        match self.publish(&name, &file, |disk| disk.create(&[template]).map(drop)) {
+            // Another process was first.
+            Err(VolumeError::Exists(_)) => self.get(&name),
+            Err(error) => Err(error),
+            Ok(()) => self.get(&name),
+        }
+    }
+
+    pub(super) fn copy(&self, source: &str, name: &str) -> Result<Volume, VolumeError> {
+        check_name(name)?;
+        check_name(source)?;
+        if self.path(name).exists() {
+            return Err(VolumeError::Exists(name.to_owned()));
+        }
+        let _held = self.claim(source)?;
+        let file = VolumeFileV1 {
+            created_ns: now_ns(),
+            anonymous: false,
+            ..self.read(source)?
+        };
+        let from = self.disk(source);
+        self.publish(name, &file, |disk| from.clone_to(disk))?;
+        self.get(name)
+    }
+
+    fn disk(&self, name: &str) -> DiskDirectory {
+        DiskDirectory::at(self.path(name).join(DISK))
+    }
+
+    /// Creates the directory of a volume, whole or not at all.
+    fn publish(
+        &self,
+        name: &str,
+        file: &VolumeFileV1,
+        create: impl FnOnce(&DiskDirectory) -> Result<(), sm_vmm::disks::DiskError>,
+    ) -> Result<(), VolumeError> {
+        let fresh = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
+        create_directory(&fresh, false)?;
+        let published = self.fill(&fresh, name, file, create);
+        if published.is_err() {
+            let _ = fs::remove_dir_all(&fresh);
+        }
+        published
+    }
+
+    fn fill(
+        &self,
+        fresh: &Path,
+        name: &str,
+        file: &VolumeFileV1,
+        create: impl FnOnce(&DiskDirectory) -> Result<(), sm_vmm::disks::DiskError>,
+    ) -> Result<(), VolumeError> {
+        let path = fresh.join(DESCRIPTION);
+        let json = serde_json::to_vec_pretty(file);
+        json.map_err(io::Error::from)
+            .and_then(|json| write_durably(&path, &json))
+            .map_err(io_error("write", &path))?;
+        lock(&fresh.join(LOCK), FlockOperation::NonBlockingLockShared)?;
+        create(&DiskDirectory::at(fresh.join(DISK))).map_err(disk_error(name))?;
+        let _names = self.names()?;
+        let path = self.path(name);
+        if path.exists() {
+            return Err(VolumeError::Exists(name.to_owned()));
+        }
+        fs::rename(fresh, &path).map_err(io_error("create", &path))?;
+        File::open(&self.directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(io_error("write back", &self.directory))
+    }
+
+    fn read(&self, name: &str) -> Result<VolumeFileV1, VolumeError> {
+        use io::Read as _;
+
+        let path = self.path(name).join(DESCRIPTION);
+        let mut json = Vec::new();
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(VolumeError::NotFound(name.to_owned()));
+            }
+            Err(error) => return Err(io_error("open", &path)(error)),
+        };
+        file.take(MAX_DESCRIPTION)
+            .read_to_end(&mut json)
+            .map_err(io_error("read", &path))?;
+        let damaged = |reason| VolumeError::Damaged {
+            name: name.to_owned(),
+            reason,
+        };
+        let file: VolumeFileV1 =
+            serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
+        match file.version {
+            VERSION => Ok(file),
+            other => Err(damaged(format!("its version is {other}, not {VERSION}"))),
+        }
+    }
+
+    pub(super) fn get(&self, name: &str) -> Result<Volume, VolumeError> {
+        check_name(name)?;
+        let file = self.read(name)?;
+        let layers = self.disk(name).layers().map_err(disk_error(name))?;
+        // Layers with other names are shared with templates, snapshots or copies.
+        let own = |path: &PathBuf| {
+            let metadata = fs::metadata(path).ok()?;
+            (metadata.nlink() == 1).then_some(metadata.blocks() * 512)
+        };
+        Ok(Volume {
+            name: name.to_owned(),
+            size_bytes: file.size_bytes,
+            disk_bytes: layers.iter().filter_map(own).sum(),
+            created_ns: file.created_ns,
+            labels: file.labels,
+            anonymous: file.anonymous,
+            path: self.path(name),
+        })
+    }
+
+    pub(super) fn list(&self) -> Result<(Vec<Volume>, Vec<VolumeError>), VolumeError> {
+        let list = io_error("list", &self.directory);
+        let entries = fs::read_dir(&self.directory)
+            .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+            .map_err(list)?;
+        let mut names: Vec<String> = entries
+            .into_iter()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| is_valid_name(name))
+            .collect();
+        names.sort();
+        let (mut volumes, mut errors) = (Vec::new(), Vec::new());
+        for name in names {
+            match self.get(&name) {
+                Ok(volume) => volumes.push(volume),
+                // It was removed meanwhile.
+                Err(VolumeError::NotFound(_)) if !self.path(&name).exists() => {}
+                Err(error) => errors.push(error),
+            }
+        }
+        Ok((volumes, errors))
+    }
+
+    pub(super) fn remove(&self, name: &str) -> Result<(), VolumeError> {
+        check_name(name)?;
+        let path = self.path(name);
+        if !path.exists() {
+            return Err(VolumeError::NotFound(name.to_owned()));
+        }
+        let _held = self.claim(name)?;
+        let grave = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
+        {
+            let _names = self.names()?;
+            fs::rename(&path, &grave).map_err(io_error("remove", &path))?;
+        }
+        fs::remove_dir_all(&grave).map_err(io_error("remove", &grave))
+    }
+}
+
+fn check_name(name: &str) -> Result<(), VolumeError> {
+    match is_valid_name(name) {
+        true => Ok(()),
+        false => Err(VolumeError::BadName(name.to_owned())),
+    }
+}
+
+fn disk_error(name: &str) -> impl FnOnce(sm_vmm::disks::DiskError) -> VolumeError {
+    let name = name.to_owned();
+    move |source| VolumeError::Disk { name, source }
+}
+
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use io::Write as _;
+
+    let mut file = OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// The name of the VM that holds a lock exclusively, which it has written there.
+fn holder(path: &Path) -> Option<String> {
+    let text = fs::read_to_string(path).ok()?;
+    let name = text.trim();
+    is_valid_name(name).then(|| name.to_owned())
+}

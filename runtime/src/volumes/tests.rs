@@ -1,0 +1,135 @@
+use std::fs::{self, File};
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::*;
+use crate::ErrorKind;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    volumes: Volumes,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let sm = Sm::builder().below(dir.path()).build().unwrap();
+    let volumes = sm.volumes();
+    Fixture { dir, volumes }
+}
+
+fn small() -> VolumeOptions {
+    VolumeOptions::new().size(16 << 20)
+}
+
+fn names(volumes: &Volumes) -> Vec<String> {
+    let (volumes, errors) = volumes.list().unwrap();
+    assert!(errors.is_empty(), "{errors:?}");
+    volumes.iter().map(|v| v.name().to_owned()).collect()
+}
+
+#[test]
+fn volumes_are_created_once_listed_and_removed() {
+    let Fixture { volumes, .. } = fixture();
+    assert!(names(&volumes).is_empty());
+    let options = small().label("tier", "db");
+    let made = volumes.create(Some("data"), &options).unwrap();
+    assert_eq!(made.size_bytes(), 16 << 20);
+    assert_eq!(made.labels()["tier"], "db");
+    assert!(!made.is_anonymous());
+    // The same name is the same volume, whatever its options.
+    let again = volumes
+        .create(Some("data"), &small().size(1 << 30))
+        .unwrap();
+    assert_eq!(again, made);
+    let anonymous = volumes.create(None, &small()).unwrap();
+    assert!(anonymous.is_anonymous());
+    assert_eq!(anonymous.name().len(), 64);
+    assert_eq!(names(&volumes).len(), 2);
+    volumes.remove(anonymous.name()).unwrap();
+    volumes.remove("data").unwrap();
+    assert!(names(&volumes).is_empty());
+    assert!(!made.path().exists());
+    let error = volumes.remove("data").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(error.to_string(), "no such volume: \"data\"");
+}
+
+#[test]
+fn bad_names_and_sizes_are_refused() {
+    let Fixture { volumes, .. } = fixture();
+    for name in ["", "..", "a/b", ".tmp-x", "-a", &"x".repeat(65)] {
+        let error = volumes.create(Some(name), &small()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{name}");
+        assert!(volumes.get(name).is_err() && volumes.remove(name).is_err());
+    }
+    for size in [0, 1 << 20, u64::MAX - 4096] {
+        let error = volumes.create(Some("a"), &small().size(size)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{size}");
+    }
+    assert!(names(&volumes).is_empty());
+}
+
+#[test]
+fn a_volume_in_use_is_not_removed_or_copied() {
+    let Fixture { volumes, .. } = fixture();
+    let made = volumes.create(Some("data"), &small()).unwrap();
+    let path = made.path().join("lock");
+    let lock = File::options().read(true).write(true).open(&path).unwrap();
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+    fs::write(&path, "web\n").unwrap();
+    for error in [
+        volumes.remove("data").unwrap_err(),
+        volumes.copy("data", "copy").unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        let text = error.to_string();
+        assert_eq!(text, "volume \"data\" is in use by VM \"web\"");
+    }
+    // Readers keep it as well.
+    flock(&lock, FlockOperation::NonBlockingLockShared).unwrap();
+    fs::write(&path, "").unwrap();
+    let error = volumes.remove("data").unwrap_err().to_string();
+    assert_eq!(error, "volume \"data\" is in use");
+    flock(&lock, FlockOperation::Unlock).unwrap();
+    volumes.remove("data").unwrap();
+}
+
+#[test]
+fn a_copy_has_the_content_and_a_life_of_its_own() {
+    use sm_vmm::disks::DiskDirectory;
+
+    let Fixture { volumes, dir } = fixture();
+    volumes.create(Some("data"), &small()).unwrap();
+    let disk =
+        |name: &str| DiskDirectory::at(dir.path().join("data/volumes").join(name).join("disk"));
+    let opened = disk("data").open().unwrap();
+    opened.store(b"content", 1 << 20).unwrap();
+    opened.flush().unwrap();
+    drop(opened);
+    let copy = volumes.copy("data", "copy").unwrap();
+    assert_eq!(copy.size_bytes(), 16 << 20);
+    let error = volumes.copy("data", "copy").unwrap_err();
+    assert_eq!(error.to_string(), "a volume named \"copy\" exists already");
+    volumes.remove("data").unwrap();
+    assert_eq!(disk("copy").layers().unwrap().len(), 3);
+    disk("copy").open().unwrap();
+    let error = volumes.copy("missing", "other").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_damaged_volume_affects_no_other() {
+    let Fixture { volumes, .. } = fixture();
+    let bad = volumes.create(Some("bad"), &small()).unwrap();
+    volumes.create(Some("good"), &small()).unwrap();
+    fs::write(bad.path().join("volume.json"), "{}").unwrap();
+    let (listed, errors) = volumes.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    assert!(
+        errors[0]
+            .to_string()
+            .starts_with("volume \"bad\" is damaged")
+    );
+    volumes.remove("bad").unwrap();
+    assert_eq!(names(&volumes), ["good"]);
+}

@@ -1,0 +1,318 @@
+//! The writable disks of a VM: directories of layers in its record.
+//!
+//! `<record>/disk-3/` has the layers of the disk in slot 3: `0` is the lowest one, the one
+//! with the highest number is written to. All others are immutable, and hard links to files
+//! that snapshots, other VMs or the store of templates have as well, so that the file system
+//! counts their users: removing a VM or a snapshot is removing its own names.
+//!
+//! **Invariant: no process writes to a layer that has a layer above it, and nobody links the
+//! topmost one.**
+
+mod template;
+pub(crate) mod volume;
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use sm_control::id::random;
+use sm_vmm_core::virtio::layered::{DiskLayer, LayerError, LayerId, LayeredDisk, MAX_LAYERS};
+use thiserror::Error;
+
+pub use self::template::Templates;
+
+/// Failure to use the layers of a disk.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// A file or directory cannot be used.
+    #[error("cannot {operation} {path:?}")]
+    Io {
+        /// The operation that failed.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is no layer that fits.
+    #[error("cannot use {path:?}")]
+    Layer {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: LayerError,
+    },
+    /// No file system of this size can be made.
+    #[error("cannot make a file system of {bytes} bytes")]
+    Format {
+        /// The size in bytes.
+        bytes: u64,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    let path = path.to_owned();
+    move |source| DiskError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+fn layer_error(path: &Path) -> impl FnOnce(LayerError) -> DiskError {
+    let path = path.to_owned();
+    move |source| DiskError::Layer { path, source }
+}
+
+fn new_id() -> LayerId {
+    random::<16>()
+}
+
+fn create(path: &Path) -> Result<File, DiskError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io_error("create", path))
+}
+
+/// The directory of a disk's layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskDirectory {
+    path: PathBuf,
+}
+
+impl DiskDirectory {
+    /// Returns the disk in the directory `path`, which need not exist.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Returns the directory for the disk in `slot` of the VM whose record is in `record`.
+    pub(crate) fn new(record: &Path, slot: u32) -> Self {
+        Self {
+            path: record.join(format!("disk-{slot}")),
+        }
+    }
+
+    /// Returns true if the VM has this disk, from an earlier run.
+    ///
+    /// # Errors
+    /// The directory cannot be examined: it may exist.
+    pub fn exists(&self) -> Result<bool, DiskError> {
+        self.path
+            .try_exists()
+            .map_err(io_error("examine", &self.path))
+    }
+
+    /// Returns the space in bytes that this user has in its file system; `None` if that is
+    /// unknown.
+    pub(crate) fn free_bytes(&self) -> Option<u64> {
+        let found = rustix::fs::statvfs(&self.path).ok()?;
+        Some(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+
+    fn layer(&self, number: usize) -> PathBuf {
+        self.path.join(number.to_string())
+    }
+
+    /// Creates a disk over immutable layers, the lowest one first. The directory appears
+    /// whole or not at all.
+    ///
+    /// # Errors
+    /// A layer cannot be linked or copied, does not fit, or the directory exists.
+    pub fn create(&self, below: &[PathBuf]) -> Result<LayeredDisk, DiskError> {
+        let fresh = Self {
+            path: self.path.with_extension("new"),
+        };
+        match fs::remove_dir_all(&fresh.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("remove", &fresh.path)(error));
+            }
+            _ => {}
+        }
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&fresh.path)
+            .map_err(io_error("create directory", &fresh.path))?;
+        let mut layers = Vec::with_capacity(below.len() + 1);
+        for (number, source) in below.iter().enumerate() {
+            let path = fresh.layer(number);
+            link(source, &path)?;
+            layers.push(open_layer(&path)?);
+        }
+        let path = fresh.layer(below.len());
+        let lowest = layers.last().map(|layer| (layer.id(), layer.capacity()));
+        let (id, capacity) = lowest
+            .ok_or(LayerError::Count(0))
+            .map_err(layer_error(&path))?;
+        let top = DiskLayer::create(create(&path)?, new_id(), Some(id), capacity);
+        layers.push(top.map_err(layer_error(&path))?);
+        let disk = LayeredDisk::new(layers).map_err(layer_error(&self.path))?;
+        fs::rename(&fresh.path, &self.path).map_err(io_error("create", &self.path))?;
+        Ok(disk)
+    }
+
+    /// Opens the disk.
+    ///
+    /// # Errors
+    /// A layer is missing or damaged.
+    pub fn open(&self) -> Result<LayeredDisk, DiskError> {
+        let mut paths = self.layers()?;
+        // A host that crashed may have lost the content of a new top, of which nothing was
+        // flushed then.
+        if let Some(top) = paths.last().filter(|_| paths.len() > 1)
+            && is_empty_layer(top)?
+        {
+            fs::remove_file(top).map_err(io_error("remove", top))?;
+            paths.pop();
+            let below = self.open_files(&paths)?;
+            return self.grow(&below);
+        }
+        self.open_files(&paths)
+    }
+
+    fn open_files(&self, paths: &[PathBuf]) -> Result<LayeredDisk, DiskError> {
+        let layers: Result<_, _> = paths.iter().map(|path| open_layer(path)).collect();
+        LayeredDisk::new(layers?).map_err(layer_error(&self.path))
+    }
+
+    /// Adds a layer to `disk`, which is of this directory and is not written to any more.
+    ///
+    /// # Errors
+    /// The file cannot be created, or there are too many layers.
+    pub(crate) fn grow(&self, disk: &LayeredDisk) -> Result<LayeredDisk, DiskError> {
+        let path = self.layer(disk.layers());
+        // Left by a failure: a file that has no disk above this one is of no use.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("remove", &path)(error));
+            }
+            _ => {}
+        }
+        disk.freeze(create(&path)?, new_id(), disk.capacity())
+            .map_err(layer_error(&path))
+    }
+
+    /// Removes all layers but the lowest `count` ones, and returns the disk with a new top
+    /// over these.
+    ///
+    /// # Errors
+    /// A layer cannot be removed, opened or created.
+    pub(crate) fn truncate(&self, count: usize) -> Result<LayeredDisk, DiskError> {
+        let mut paths = self.layers()?;
+        // From the top, so that no gap is left by a failure.
+        while paths.len() > count
+            && let Some(top) = paths.pop()
+        {
+            fs::remove_file(&top).map_err(io_error("remove", &top))?;
+        }
+        let below = self.open_files(&paths)?;
+        self.grow(&below)
+    }
+
+    /// Removes the disk, if there is one.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
+    pub fn remove(&self) -> Result<(), DiskError> {
+        match fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &self.path)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the disk a copy-on-write copy of this one, which nobody may use meanwhile. It
+    /// takes the same time for every size.
+    ///
+    /// # Errors
+    /// A layer cannot be opened, written back or linked, or `copy` exists.
+    pub fn clone_to(&self, copy: &Self) -> Result<(), DiskError> {
+        let disk = self.open()?;
+        let mut below = self.layers()?;
+        if disk.is_unchanged() {
+            below.pop();
+        } else {
+            let grown = self.grow(&disk)?;
+            grown.flush().map_err(io_error("write back", &self.path))?;
+        }
+        copy.create(&below).map(drop)
+    }
+
+    /// Returns the files of the layers, the lowest one first.
+    ///
+    /// # Errors
+    /// The directory cannot be examined.
+    pub fn layers(&self) -> Result<Vec<PathBuf>, DiskError> {
+        let mut paths = Vec::new();
+        for number in 0..=MAX_LAYERS {
+            let path = self.layer(number);
+            if !path.try_exists().map_err(io_error("examine", &path))? {
+                break;
+            }
+            paths.push(path);
+        }
+        Ok(paths)
+    }
+}
+
+/// Opens a layer for reading and writing; only the topmost one of a disk is written to.
+fn open_layer(path: &Path) -> Result<DiskLayer, DiskError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(io_error("open", path))?;
+    DiskLayer::open(file).map_err(layer_error(path))
+}
+
+/// Returns true if the file begins with zeros: it was created, and its header is not on the
+/// disk.
+fn is_empty_layer(path: &Path) -> Result<bool, DiskError> {
+    use io::Read as _;
+
+    let mut start = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(64).read_to_end(&mut start))
+        .map_err(io_error("read", path))?;
+    Ok(start.iter().all(|byte| *byte == 0))
+}
+
+/// Gives an immutable file another name, or copies it if the names are in different file
+/// systems.
+///
+/// # Errors
+/// The file cannot be linked, nor copied.
+pub(crate) fn link(source: &Path, target: &Path) -> Result<(), DiskError> {
+    match fs::hard_link(source, target) {
+        Ok(()) => Ok(()),
+        // Another file system, one without hard links, or one with too many of this file.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::CrossesDevices
+                    | io::ErrorKind::TooManyLinks
+                    | io::ErrorKind::Unsupported
+                    | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            template::copy_sparse(source, target)
+        }
+        Err(error) => Err(io_error("link", source)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+//! The writable disks of a machine: for changes to its root, and of volumes.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sm_control::with_causes;
+use sm_vmm_core::devices::DeviceConfig;
+use sm_vmm_core::layout::SLOT_DATA_DISK;
+use sm_vmm_core::virtio::blk::{Access, Block, NotLayered};
+use sm_vmm_core::virtio::disk::Disk;
+use sm_vmm_core::virtio::layered::LayeredDisk;
+use thiserror::Error;
+
+use crate::capturing::FrozenDisk;
+use crate::disks::volume::{self, VolumeUse};
+use crate::disks::{DiskDirectory, DiskError, Templates};
+use crate::environment::VmRecord;
+
+/// Size of the queues of the two kinds. Linux allocates requests for the whole queue, also
+/// of a device without a disk.
+const CHANGES_QUEUE: u16 = 256;
+const VOLUME_QUEUE: u16 = 64;
+
+/// Capacity in bytes of a volume without a name.
+const ANONYMOUS_BYTES: u64 = 64 << 30;
+
+/// Free space in bytes with which requests that had none are executed again: some of the
+/// largest requests.
+const ENOUGH: u64 = 16 << 20;
+
+/// Failure to replace the layers of the disk.
+#[derive(Debug, Error)]
+enum ReplaceError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    NotLayered(#[from] NotLayered),
+}
+
+/// The device in the slot of a writable disk, with or without a disk.
+pub(super) struct WritableDisk {
+    slot: u32,
+    block: Arc<Mutex<Block>>,
+    directory: DiskDirectory,
+    /// The number of layers that came from the snapshot which the machine continues.
+    restored: usize,
+    /// The disk to insert after the base snapshot was captured.
+    waiting: Option<LayeredDisk>,
+    /// Keeps other VMs from a volume.
+    _lock: Option<File>,
+}
+
+/// A volume that a VM mounts.
+pub(super) struct VolumeMount<'a> {
+    pub(super) name: &'a str,
+    /// `None` for a disk in the record of the VM.
+    pub(super) directory: Option<&'a Path>,
+    pub(super) read_only: bool,
+}
+
+/// A disk from the start on, one that is inserted later, or none.
+pub(super) enum Insertion {
+    Never,
+    Later(LayeredDisk),
+    /// The disk consists of this number of layers of a snapshot, and a top.
+    Now(LayeredDisk, usize),
+}
+
+impl WritableDisk {
+    pub(super) fn new(
+        slot: u32,
+        directory: DiskDirectory,
+        insertion: Insertion,
+        no_space: impl Fn() + Send + 'static,
+    ) -> Self {
+        let (now, waiting, restored) = match insertion {
+            Insertion::Never => (Disk::empty(), None, 0),
+            Insertion::Later(disk) => (Disk::empty(), Some(disk), 0),
+            Insertion::Now(disk, restored) => (Disk::layered(disk), None, restored),
+        };
+        let (name, queue) = match slot {
+            SLOT_DATA_DISK => ("changes".to_owned(), CHANGES_QUEUE),
+            _ => (format!("volume-{slot}"), VOLUME_QUEUE),
+        };
+        let block = Block::new(now, Access::ReadWrite, &name)
+            .queue_size(queue)
+            .hold_without_space(no_space);
+        Self {
+            slot,
+            block: Arc::new(Mutex::new(block)),
+            directory,
+            restored,
+            waiting,
+            _lock: None,
+        }
+    }
+
+    /// Creates the device of the volume that `mount` names, which is inserted later.
+    ///
+    /// # Errors
+    /// Another VM uses the volume, or it cannot be opened; a sentence.
+    pub(super) fn of_volume(
+        slot: u32,
+        mount: &VolumeMount<'_>,
+        record: &dyn VmRecord,
+        vm: &str,
+        templates: &Templates,
+        no_space: impl Fn() + Send + 'static,
+    ) -> Result<Self, String> {
+        let own = DiskDirectory::new(record.directory(), slot);
+        let Some(directory) = mount.directory else {
+            let template = || templates.get(ANONYMOUS_BYTES);
+            let disk = open_or_create(&own, template)
+                .map_err(|error| format!("cannot use the VM's disk: {}", with_causes(&error)))?;
+            return Ok(Self::new(slot, own, Insertion::Later(disk), no_space));
+        };
+        let how = match mount.read_only {
+            true => VolumeUse::Read(&own),
+            false => VolumeUse::Write(vm),
+        };
+        let name = mount.name;
+        let used = volume::open(directory, how)
+            .map_err(|error| format!("cannot use volume \"{name}\": {}", with_causes(&error)))?;
+        let Some(used) = used else {
+            let by = volume::writer(directory);
+            let by = by.map_or_else(String::new, |vm| format!(" by VM \"{vm}\""));
+            return Err(format!(
+                "volume \"{name}\" is in use{by}: one VM at a time can write to a volume, \
+                 and nobody can read it meanwhile"
+            ));
+        };
+        let later = Insertion::Later(used.disk);
+        Ok(Self {
+            _lock: Some(used.lock),
+            ..Self::new(slot, used.directory, later, no_space)
+        })
+    }
+
+    pub(super) fn device(&self) -> DeviceConfig {
+        DeviceConfig {
+            slot: self.slot,
+            device: self.block.clone(),
+        }
+    }
+
+    fn block(&self) -> MutexGuard<'_, Block> {
+        self.block.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Inserts the disk, if one waits for it.
+    pub(super) fn insert(&mut self) {
+        if let Some(disk) = self.waiting.take() {
+            self.block().set_disk(Disk::layered(disk));
+        }
+    }
+
+    /// Returns true if the host has some space for it, or cannot tell.
+    pub(super) fn has_space(&self) -> bool {
+        self.directory
+            .free_bytes()
+            .is_none_or(|free| free >= ENOUGH)
+    }
+
+    /// Freezes the layers of a paused machine; `None` if it has no disk.
+    ///
+    /// # Errors
+    /// A new layer cannot be created; a clause. Nothing is changed then.
+    pub(super) fn freeze(&self) -> Result<Option<FrozenDisk>, String> {
+        let mut block = self.block();
+        let backing = block.disk().clone();
+        let Some(disk) = backing.layers() else {
+            return Ok(None);
+        };
+        let mut layers = self.directory.layers().map_err(cannot_freeze)?;
+        layers.truncate(disk.layers());
+        if disk.is_unchanged() {
+            layers.pop();
+        } else {
+            let replaced: Result<(), ReplaceError> =
+                block.replace_layers(|disk| Ok(self.directory.grow(disk)?));
+            replaced.map_err(cannot_freeze)?;
+        }
+        Ok(Some(FrozenDisk {
+            slot: self.slot,
+            layers,
+            backing,
+        }))
+    }
+
+    /// Discards all changes since the snapshot that the machine continues. The machine is
+    /// paused.
+    ///
+    /// # Errors
+    /// The layers cannot be opened or created; a clause.
+    pub(super) fn reset(&self) -> Result<(), String> {
+        let mut block = self.block();
+        if block.disk().layers().is_none() {
+            return Ok(());
+        }
+        let reset: Result<(), ReplaceError> =
+            block.replace_layers(|_| Ok(self.directory.truncate(self.restored)?));
+        reset.map_err(|error| format!("cannot reset its disk: {}", with_causes(&error)))
+    }
+}
+
+fn cannot_freeze(error: impl std::error::Error) -> String {
+    format!("cannot freeze its disk: {}", with_causes(&error))
+}
+
+/// Returns the disk of a machine that boots or starts from a base snapshot: that of an
+/// earlier run, or a new one over `template`.
+///
+/// # Errors
+/// The disk cannot be opened or created.
+pub(super) fn open_or_create(
+    directory: &DiskDirectory,
+    template: impl FnOnce() -> Result<PathBuf, DiskError>,
+) -> Result<LayeredDisk, DiskError> {
+    if directory.exists()? {
+        return directory.open();
+    }
+    directory.create(&[template()?])
+}
