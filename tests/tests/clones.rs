@@ -538,7 +538,7 @@ fn invalid_names_and_options_are_refused_and_the_vm_runs_on() {
         (["--dns", "10.0.0.1"], "name servers"),
         (["--add-host", "a:10.0.0.1"], "hosts"),
         (["--shm-size", "1m"], "/dev/shm"),
-        (["--tmpfs-size", "1m"], "root file system"),
+        (["--root", "tmpfs"], "root file system"),
         (["--kernel-args", "quiet"], "kernel"),
     ] {
         let error = from(&more);

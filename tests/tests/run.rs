@@ -379,7 +379,7 @@ fn limits_and_names_are_as_asked() {
                   dd if=/dev/zero of=/forty bs=1M count=40 2>&1 | grep -o 'No space'";
     let image = image("busybox");
     let limits = ["--ulimit", "nofile=100:200", "--shm-size", "1m"];
-    let room = ["--tmpfs-size", "8m"];
+    let room = ["--root", "tmpfs", "--storage-opt", "size=8m"];
     let names = ["--add-host", "db:10.1.2.3", "--dns", "192.0.2.53"];
     let command = [image.as_str(), "sh", "-c", script];
     let run = [&["run", "--rm"], &limits[..], &room, &names, &command].concat();

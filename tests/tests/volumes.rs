@@ -1,0 +1,172 @@
+//! Volumes and other mounts.
+
+use sm_e2e::{Done, Home, Vm, image, unique, until};
+
+struct Named<'a>(&'a Home, String);
+
+impl Drop for Named<'_> {
+    fn drop(&mut self) {
+        self.0.sm(&["volume", "rm", "-f", &self.1]);
+    }
+}
+
+fn volume(home: &Home) -> Named<'_> {
+    let name = unique("volume");
+    let made = home.sm(&["volume", "create", "--size", "1g", &name]);
+    assert_eq!(made.exits(0).out().trim(), name);
+    Named(home, name)
+}
+
+fn run(home: &Home, options: &[&str], script: &str) -> Done {
+    let image = image("busybox");
+    let run = ["run", "--rm", "-m", "128m"];
+    home.sm(&[&run, options, &[&image, "sh", "-c", script]].concat())
+}
+
+fn idle<'a>(home: &'a Home, options: &[&str]) -> Vm<'a> {
+    let image = image("busybox");
+    home.detached(&[options, &["-m", "128m", &image, "sleep", "10000"]].concat())
+}
+
+#[test]
+fn a_volume_outlives_its_vms() {
+    let home = Home::shared();
+    let volume = volume(home);
+    let data = format!("{}:/data/deep", volume.1);
+    let options = ["-v", data.as_str()];
+    let script = "echo kept > /data/deep/file; chown 7:8 /data/deep/file; ls -A /data/deep; \
+                  df -k /data/deep | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2";
+    let out = run(home, &options, script).exits(0).out();
+    let lines: Vec<_> = out.lines().collect();
+    // No lost+found, which databases refuse.
+    assert_eq!(lines[0], "file");
+    assert!(lines[1].parse::<u64>().unwrap() > 900 << 10, "{out}");
+    let script = "cat /data/deep/file; stat -c %u:%g /data/deep/file; \
+                  grep -o ' /data/deep .*nosuid,nodev' /proc/self/mountinfo | wc -l";
+    let out = run(home, &options, script).exits(0).out();
+    assert_eq!(out, "kept\n7:8\n1\n");
+    let read_only = format!("{data}:ro");
+    let script = "cat /data/deep/file; echo x > /data/deep/file || echo refused";
+    let out = run(home, &["-v", &read_only], script).exits(0).out();
+    assert_eq!(out, "kept\nrefused\n");
+}
+
+#[test]
+fn a_volume_has_one_writer_or_several_readers() {
+    let home = Home::shared();
+    let volume = volume(home);
+    let data = format!("{}:/data", volume.1);
+    let read_only = format!("{data}:ro");
+    let writer = idle(home, &["-v", &data]);
+    writer.exec(&["sh", "-c", "echo one > /data/file"]).exits(0);
+    for other in [&data, &read_only] {
+        let error = run(home, &["-v", other], "true").exits(125).err();
+        let words = format!("in use by VM \"{}\"", writer.name);
+        assert!(error.contains(&words), "{error}");
+    }
+    let error = home.sm(&["volume", "rm", &volume.1]).exits(1).err();
+    assert!(error.contains("in use by VM"), "{error}");
+    // Its end writes the disk back.
+    home.sm(&["stop", "-t", "0", &writer.name]).exits(0);
+    until("the lock is released", || {
+        run(home, &["-v", &read_only], "cat /data/file").out() == "one\n"
+    });
+    let readers = [
+        idle(home, &["-v", &read_only]),
+        idle(home, &["-v", &read_only]),
+    ];
+    for reader in &readers {
+        assert_eq!(reader.exec(&["cat", "/data/file"]).exits(0).out(), "one\n");
+    }
+    let error = run(home, &["-v", &data], "true").exits(125).err();
+    assert!(error.contains("in use"), "{error}");
+    drop(readers);
+    until("it can be written again", || {
+        run(home, &["-v", &data], "echo two > /data/file").code == Some(0)
+    });
+    let copy = Named(home, unique("volume"));
+    until("it is not in use", || {
+        home.sm(&["volume", "clone", &volume.1, &copy.1]).code == Some(0)
+    });
+    let data = format!("{}:/data", copy.1);
+    let out = run(
+        home,
+        &["-v", &data],
+        "cat /data/file; echo three > /data/file",
+    );
+    assert_eq!(out.exits(0).out(), "two\n");
+}
+
+#[test]
+fn an_empty_volume_gets_the_images_files() {
+    let home = Home::shared();
+    let (filled, empty) = (volume(home), volume(home));
+    let script = "ls /vol | sort | head -n 1; ls /vol | wc -l; ls /bin | wc -l";
+    let script = script.replace("/vol", "/bin");
+    let out = run(home, &["-v", &format!("{}:/bin", filled.1)], &script);
+    let out = out.exits(0).out();
+    let lines: Vec<_> = out.lines().collect();
+    assert_eq!(lines[1], lines[2]);
+    assert!(lines[1].parse::<u32>().unwrap() > 10, "{out}");
+    let mounted = format!("{}:/etc/nothing:nocopy", empty.1);
+    let out = run(home, &["-v", &mounted], "ls -A /etc/nothing | wc -l");
+    assert_eq!(out.exits(0).out(), "0\n");
+}
+
+#[test]
+fn memory_and_disks_without_a_name_are_mounted_in_order() {
+    let home = Home::shared();
+    let options = [
+        "--tmpfs",
+        "/a/b:size=4m,mode=700",
+        "-v",
+        "/a",
+        "--mount",
+        "type=tmpfs,target=/var/run/x,readonly",
+    ];
+    let script = "stat -c %a /a/b; df -k /a/b | tail -n 1 | tr -s ' ' | cut -d ' ' -f 2; \
+                  echo x > /a/file && echo written; touch /var/run/x/y 2>/dev/null || echo refused";
+    let out = run(home, &options, script).exits(0).out();
+    assert_eq!(out, "700\n4096\nwritten\nrefused\n");
+}
+
+#[test]
+fn a_clone_has_a_copy_of_its_originals_volume() {
+    let home = Home::shared();
+    let volume = volume(home);
+    let original = idle(home, &["-v", &format!("{}:/data", volume.1)]);
+    let sh = |vm: &Vm<'_>, script: &str| vm.exec(&["sh", "-c", script]).exits(0).out();
+    sh(&original, "echo one > /data/file");
+    let snapshot = unique("volume");
+    home.sm(&["snapshot", "create", &original.name, &snapshot])
+        .exits(0);
+    let clone = home.clone_of(&snapshot, "clone");
+    sh(&clone, "echo two > /data/file; sync");
+    assert_eq!(sh(&original, "cat /data/file"), "one\n");
+    sh(&original, "echo three > /data/file; sync");
+    assert_eq!(sh(&clone, "cat /data/file"), "two\n");
+    drop(clone);
+    home.sm(&["snapshot", "rm", &snapshot]).exits(0);
+}
+
+#[test]
+fn bad_mounts_are_refused() {
+    let home = Home::shared();
+    for (options, why) in [
+        (["-v", "/:/x"], "files of the host"),
+        (["-v", "x:relative"], "no option of a volume"),
+        (["--tmpfs", "/t:size=much"], "no size"),
+        (["--mount", "type=tmpfs"], "no target"),
+    ] {
+        let error = run(home, &options, "true").exits(125).err();
+        assert!(error.contains(why), "{error}");
+    }
+    let twice = run(home, &["--tmpfs", "/t", "-v", "/t"], "true").exits(125);
+    assert!(twice.err().contains("\"/t\""), "{}", twice.err());
+    let file = run(home, &["--tmpfs", "/etc/passwd"], "true")
+        .exits(125)
+        .err();
+    assert!(file.contains("cannot mount \"/etc/passwd\""), "{file}");
+    let error = home.sm(&["volume", "inspect", "none"]).exits(1).err();
+    assert!(error.contains("no such volume: \"none\""), "{error}");
+}
