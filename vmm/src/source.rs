@@ -85,10 +85,9 @@ impl StartPlan {
 
     /// Opens the snapshot that the user named.
     fn named(store: SnapshotStore, name: &str, cpu: &CpuFeatures) -> Result<Self, String> {
-        let mut saved =
-            Saved::open(&store, name, cpu, None).map_err(|error| with_causes(&error))?;
+        let saved = Saved::open(&store, name, cpu, None).map_err(|error| with_causes(&error))?;
         store.note_use(&saved.chain.tip().lease);
-        let content = std::mem::take(&mut saved.content);
+        let content = saved.content.clone();
         let manifest = saved.chain.tip().lease.manifest();
         Ok(Self {
             identity: Identity {

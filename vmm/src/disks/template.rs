@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::{Path, PathBuf};
 
 use mkext4::{FsBuilder, Meta, Options, ROOT, RegionSink};
@@ -133,6 +133,7 @@ pub(super) fn copy_sparse(source: &Path, target: &Path) -> Result<(), DiskError>
 fn copy_data(from: &File, to: &File) -> io::Result<()> {
     let len = from.metadata()?.len();
     to.set_len(len)?;
+    let mut buffer = vec![0; 256 << 10];
     let mut at = 0;
     loop {
         at = match seek(from, SeekFrom::Data(at)) {
@@ -141,18 +142,15 @@ fn copy_data(from: &File, to: &File) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         };
         let end = seek(from, SeekFrom::Hole(at))?;
-        let (mut source, mut target) = (at, at);
-        while target < end {
-            let most = usize::try_from(end - target).unwrap_or(usize::MAX);
-            match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), most)
-            {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+        // Not copy_file_range(2), which some file systems refuse between two of them.
+        while at < end {
+            let most = (end - at).min(buffer.len() as u64);
+            let part = buffer.get_mut(..usize::try_from(most).unwrap_or(0));
+            let part = part.unwrap_or_default();
+            from.read_exact_at(part, at)?;
+            to.write_all_at(part, at)?;
+            at += most;
         }
-        at = end;
     }
     to.sync_data()
 }
