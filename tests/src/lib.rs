@@ -212,6 +212,16 @@ impl Home {
 }
 
 impl Home {
+    /// Creates a VM, which is removed when the value is dropped.
+    #[track_caller]
+    pub fn created(&self, arguments: &[&str]) -> Vm<'_> {
+        let name = unique("vm");
+        let mut all = vec!["create", "--name", &name];
+        all.extend_from_slice(arguments);
+        self.sm(&all).exits(0);
+        Vm { home: self, name }
+    }
+
     /// Starts a detached VM from a snapshot; it is removed when the value is
     /// dropped.
     #[track_caller]

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use sm_e2e::{Home, Mount, Vm, image, lab, unique, until};
 
@@ -168,4 +169,37 @@ fn a_vm_waits_while_the_host_has_no_space() {
         "stat -c %s /large; dmesg 2>/dev/null | grep -c 'I/O error'; true",
     );
     assert_eq!(sizes, "31457280\n0\n");
+}
+
+#[test]
+fn changes_stay_when_a_vm_is_started_again() {
+    let home = Home::shared();
+    let script = "echo x >> /starts; wc -l < /starts; exec sleep 10000";
+    let vm = home.created(&["-m", "128m", &image("busybox"), "sh", "-c", script]);
+    let name = vm.name.clone();
+    for number in 1..=4 {
+        home.sm(&["start", &name]).exits(0);
+        until("it has counted", || {
+            let said = home.sm(&["logs", &name]).out();
+            said.lines().last() == Some(&number.to_string())
+        });
+        match number {
+            1 => drop(home.sm(&["stop", "-t", "0", &name]).exits(0)),
+            2 => drop(home.sm(&["kill", &name]).exits(0)),
+            // The process of the VM is gone, with everything that was not flushed.
+            _ => {
+                vm.exec(&["sync"]).exits(0);
+                let pid = vm.inspect()["state"]["pid"].as_u64().unwrap();
+                let kill = Command::new("kill").args(["-9", &pid.to_string()]).status();
+                assert!(kill.unwrap().success());
+            }
+        }
+        home.sm(&["wait", &name]);
+    }
+    // Removed with the VM.
+    let disk = home.data().join("sm/vms");
+    let id = vm.inspect()["id"].as_str().unwrap().to_owned();
+    assert!(disk.join(&id).join("disk-3").exists());
+    drop(vm);
+    assert!(!disk.join(&id).exists());
 }
