@@ -185,7 +185,7 @@ fn a_launch_request() {
             "root": [{"path": "/d", "offset": 0, "len": 4096}], "modules": null, "cold": false,
         }},
         "paging": "map", "root_disk": null, "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
-        "nameservers": [], "attach": true, "columns": 80, "rows": 25,
+        "nameservers": [], "mounts": [], "attach": true, "columns": 80, "rows": 25,
         "start_timeout_ms": 60_000, "phases": [], "existing": true,
         "restarts": {"count": 2, "delay_ms": 200},
     });

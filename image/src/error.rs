@@ -119,18 +119,15 @@ pub enum Error {
     #[error("the archive cannot be written")]
     Archive(#[source] io::Error),
     /// A snapshot needs the image.
-    #[error(
-        "image \"{reference}\" is used by snapshot \"{user}\", which must be removed \
-         first"
-    )]
+    #[error("image \"{reference}\" is used by {user}, which must be removed first")]
     Used {
         /// The image.
         reference: String,
-        /// The snapshot.
+        /// The user: such as `snapshot "warm"`.
         user: String,
     },
-    /// The images that snapshots need cannot be determined.
-    #[error("cannot determine which images snapshots need: {0}")]
+    /// The images that snapshots and VMs need cannot be determined.
+    #[error("cannot determine which images are needed: {0}")]
     Users(String),
     /// The file system has not enough space for the image.
     #[error(

@@ -32,6 +32,8 @@ pub(crate) trait GuestMachine {
     }
     /// Inserts the image into its drive.
     fn insert_image(&mut self) {}
+    /// Called before clients are notified of the VM's end.
+    fn is_ending(&mut self) {}
     /// Inserts the disks of volumes.
     fn insert_volumes(&mut self) {}
     /// Returns true if an image snapshot is wanted, for which the guest has to be frozen

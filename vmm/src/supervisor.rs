@@ -210,10 +210,7 @@ impl<G: GuestMachine> Supervisor<G> {
             .launcher
             .map(|stream| ConnectedClient::launcher(stream, &parts.request))
             .transpose()?;
-        let power_off_timeout = match parts.request.root_disk {
-            Some(_) if !parts.request.config.auto_remove => machine_end::WRITE_BACK_TIMEOUT,
-            _ => machine_end::POWER_OFF_TIMEOUT,
-        };
+        let power_off_timeout = machine_end::power_off_timeout(&parts.request);
         let mut supervisor = Self {
             guest: Some(parts.guest),
             events: parts.events,

@@ -1,4 +1,4 @@
-//! Snapshots that need images of a home.
+//! Snapshots and VMs that need images of a home.
 
 use std::path::Path;
 
@@ -10,8 +10,9 @@ use sm_snapshot::store::{SnapshotStore, StoreEntry};
 use sm_vmm::saved;
 
 use crate::home::Home;
+use crate::record::{RecordError, Records};
 
-/// The cause of not knowing which images snapshots need.
+/// The cause of not knowing which images are needed.
 pub(super) enum Unknown {
     /// The snapshots cannot be listed; a sentence.
     Store(String),
@@ -24,8 +25,8 @@ pub(super) enum Unknown {
     },
 }
 
-/// Returns the images that workload snapshots need, with the names of the snapshots. A
-/// snapshot that cannot be read may need any image.
+/// Returns the images that workload snapshots and VMs need, with these users. One that
+/// cannot be read may need any image.
 ///
 /// # Errors
 /// The store, or a snapshot in it, cannot be read.
@@ -45,10 +46,34 @@ pub(super) fn image_users(home: &Home) -> Result<Users, Unknown> {
             }
         };
         if let Some(digest) = digest {
-            users.entry(digest).or_default().push(entry.name);
+            let user = format!("snapshot \"{}\"", entry.name);
+            users.entry(digest).or_default().push(user);
         }
     }
+    add_vms(home, &mut users)?;
     Ok(users)
+}
+
+/// Adds the images of VMs, which can be started again. Without its image, the changes on a
+/// VM's disk are of no use.
+fn add_vms(home: &Home, users: &mut Users) -> Result<(), Unknown> {
+    // Without a directory there are no records, and none is created by looking for them.
+    if is_gone(&home.vms()) {
+        return Ok(());
+    }
+    let all = Records::open(home).and_then(|records| records.read_all(false));
+    let (records, damaged) = all.map_err(|error| Unknown::Store(with_causes(&error)))?;
+    if let Some(damaged) = damaged.into_iter().next() {
+        return Err(Unknown::Store(with_causes(&RecordError::from(damaged))));
+    }
+    for record in records {
+        let config = record.config();
+        if let Some(digest) = Digest::parse(&config.image_digest) {
+            let user = format!("VM \"{}\"", config.name);
+            users.entry(digest).or_default().push(user);
+        }
+    }
+    Ok(())
 }
 
 /// Returns true only if it is certain that nothing is at `path`.

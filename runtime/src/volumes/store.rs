@@ -334,6 +334,6 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// The name of the VM that holds a lock exclusively, which it has written there.
 fn holder(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
-    let name = text.trim();
+    let name = text.lines().next()?;
     is_valid_name(name).then(|| name.to_owned())
 }

@@ -4,14 +4,22 @@
 //! a layer, holds the lock exclusively; who reads it holds the lock shared.**
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::Path;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use sm_vmm_core::virtio::layered::LayeredDisk;
 
 use super::{DiskDirectory, DiskError, io_error};
+
+/// Mark in the lock file, after the name of the VM, which is about to end.
+const ENDING: &str = "\nending\n";
+
+/// Time limit for such an end. A guest has a minute to write its disks back.
+const END_TIMEOUT: Duration = Duration::from_secs(70);
 
 /// A volume that a VM uses. Its lock is released when this is dropped.
 #[derive(Debug)]
@@ -39,6 +47,50 @@ fn try_lock(file: &File, path: &Path, operation: FlockOperation) -> Result<bool,
     }
 }
 
+/// Takes the lock; false if another VM holds it. If that is about to end, its end is waited
+/// for: it has already told its clients that it has ended.
+fn wait_for_lock(file: &File, path: &Path, operation: FlockOperation) -> Result<bool, DiskError> {
+    let at_once = match operation {
+        FlockOperation::LockShared => FlockOperation::NonBlockingLockShared,
+        _ => FlockOperation::NonBlockingLockExclusive,
+    };
+    if try_lock(file, path, at_once)? {
+        return Ok(true);
+    }
+    if !is_ending(path) {
+        // It may have ended in between.
+        return try_lock(file, path, at_once);
+    }
+    // flock(2) has no time limit. The thread locks the same open file; after a failure this
+    // process ends, and the thread with it.
+    let waiting = file.try_clone().map_err(io_error("open", path))?;
+    let (locked, is_locked) = channel();
+    let spawned = std::thread::Builder::new()
+        .name("volume".to_owned())
+        .spawn(move || {
+            let result = rustix::io::retry_on_intr(|| flock(&waiting, operation));
+            // Without a receiver the time is over.
+            let _ = locked.send(result);
+        });
+    spawned.map_err(io_error("wait for", path))?;
+    match is_locked.recv_timeout(END_TIMEOUT) {
+        Ok(result) => result
+            .map(|()| true)
+            .map_err(|errno| io_error("lock", path)(errno.into())),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Marks the volume as that of a VM that is about to end and to release the lock, which the
+/// caller holds exclusively.
+pub(crate) fn mark_as_ending(mut lock: &File) -> io::Result<()> {
+    lock.write_all(ENDING.as_bytes())
+}
+
+fn is_ending(path: &Path) -> bool {
+    std::fs::read_to_string(path).is_ok_and(|text| text.ends_with(ENDING))
+}
+
 /// Locks and opens the volume in `volume`; `None` if another VM uses it in a way that
 /// excludes this one.
 ///
@@ -54,7 +106,7 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
     let directory = DiskDirectory::at(volume.join("disk"));
     match how {
         VolumeUse::Write(vm) => {
-            if !try_lock(&lock, &path, FlockOperation::NonBlockingLockExclusive)? {
+            if !wait_for_lock(&lock, &path, FlockOperation::LockExclusive)? {
                 return Ok(None);
             }
             // For messages to those who want it, too.
@@ -70,7 +122,7 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
         }
         VolumeUse::Read(own) => {
             // The first reader makes the topmost layer an immutable one.
-            if try_lock(&lock, &path, FlockOperation::NonBlockingLockExclusive)? {
+            if wait_for_lock(&lock, &path, FlockOperation::LockExclusive)? {
                 lock.set_len(0).map_err(io_error("write", &path))?;
                 let disk = directory.open()?;
                 if !disk.is_unchanged() {
@@ -78,7 +130,7 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
                     grown.flush().map_err(io_error("write back", &path))?;
                 }
             }
-            if !try_lock(&lock, &path, FlockOperation::NonBlockingLockShared)? {
+            if !wait_for_lock(&lock, &path, FlockOperation::LockShared)? {
                 return Ok(None);
             }
             let mut below = directory.layers()?;
@@ -101,6 +153,6 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
 /// Returns the name of the VM that writes to the volume in `volume`, if it is known.
 pub(crate) fn writer(volume: &Path) -> Option<String> {
     let text = std::fs::read_to_string(volume.join("lock")).ok()?;
-    let name = text.trim();
+    let name = text.lines().next()?;
     sm_control::id::is_valid_name(name).then(|| name.to_owned())
 }

@@ -107,6 +107,12 @@ impl GuestMachine for RunningMachine {
         }
     }
 
+    fn is_ending(&mut self) {
+        for disk in &self.disks {
+            disk.is_ending();
+        }
+    }
+
     fn insert_volumes(&mut self) {
         for disk in &mut self.disks {
             disk.insert();

@@ -47,8 +47,15 @@ pub(super) struct WritableDisk {
     restored: usize,
     /// The disk to insert after the base snapshot was captured.
     waiting: Option<LayeredDisk>,
-    /// Keeps other VMs from a volume.
-    _lock: Option<File>,
+    /// Keeps other VMs from a volume, exclusively if it is written to.
+    lock: Option<(File, VolumeAccess)>,
+}
+
+/// Access of a VM to its volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum VolumeAccess {
+    Read,
+    Write,
 }
 
 /// A volume that a VM mounts.
@@ -92,7 +99,7 @@ impl WritableDisk {
             directory,
             restored,
             waiting,
-            _lock: None,
+            lock: None,
         }
     }
 
@@ -115,9 +122,9 @@ impl WritableDisk {
                 .map_err(|error| format!("cannot use the VM's disk: {}", with_causes(&error)))?;
             return Ok(Self::new(slot, own, Insertion::Later(disk), no_space));
         };
-        let how = match mount.read_only {
-            true => VolumeUse::Read(&own),
-            false => VolumeUse::Write(vm),
+        let (how, access) = match mount.read_only {
+            true => (VolumeUse::Read(&own), VolumeAccess::Read),
+            false => (VolumeUse::Write(vm), VolumeAccess::Write),
         };
         let name = mount.name;
         let used = volume::open(directory, how)
@@ -132,7 +139,7 @@ impl WritableDisk {
         };
         let later = Insertion::Later(used.disk);
         Ok(Self {
-            _lock: Some(used.lock),
+            lock: Some((used.lock, access)),
             ..Self::new(slot, used.directory, later, no_space)
         })
     }
@@ -146,6 +153,15 @@ impl WritableDisk {
 
     fn block(&self) -> MutexGuard<'_, Block> {
         self.block.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells other VMs that want the volume that it will soon be free.
+    pub(super) fn is_ending(&self) {
+        if let Some((lock, VolumeAccess::Write)) = &self.lock
+            && let Err(error) = volume::mark_as_ending(lock)
+        {
+            tracing::warn!(%error, "the next user of a volume does not wait for it");
+        }
     }
 
     /// Inserts the disk, if one waits for it.

@@ -370,6 +370,9 @@ impl<G: GuestMachine> Supervisor<G> {
             restarting: restart.is_some(),
             ..exit
         };
+        if let Some(guest) = &mut self.guest {
+            guest.is_ending();
+        }
         let written = self.write_exit(&exit, true);
         self.note_end(&exit);
         let ending = SupervisorStage::Ending(Ending {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use sm_control::launch::{LaunchRequest, MountRequest, MountSource};
 use sm_guest_proto::control::ControlRequest;
 
 use super::stage::{Ending, MachineEnd, SupervisorStage};
@@ -13,12 +14,30 @@ use crate::guest::GuestMachine;
 /// Time limit for a machine to stop before the process exits.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time limit for the guest to power itself off.
-pub(super) const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(2);
 /// The same for a guest that first writes back a disk which is used again.
-pub(super) const WRITE_BACK_TIMEOUT: Duration = Duration::from_secs(60);
+const WRITE_BACK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit for delivering the bytes that an exited workload had sent to published
 /// ports, and for those that clients of commands have not read when the guest is off.
 pub(super) const DELIVERY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Returns the time limit for the guest of a VM to power itself off.
+pub(super) fn power_off_timeout(request: &LaunchRequest) -> Duration {
+    let keeps_root = request.root_disk.is_some() && !request.config.auto_remove;
+    let is_written = |mount: &MountRequest| {
+        let keeps = match &mount.source {
+            MountSource::Volume { directory, .. } => {
+                directory.is_some() || !request.config.auto_remove
+            }
+            MountSource::Tmpfs { .. } => false,
+        };
+        keeps && !mount.read_only
+    };
+    match keeps_root || request.mounts.iter().any(is_written) {
+        true => WRITE_BACK_TIMEOUT,
+        false => POWER_OFF_TIMEOUT,
+    }
+}
 
 impl<G: GuestMachine> Supervisor<G> {
     /// Handles the end of the machine itself, unless its last bytes are still on their way.

@@ -267,7 +267,7 @@ fn commands_join_the_group_of_pid_one() {
     let agent = Agent::attached();
     let mut before = start_running(
         agent.path(),
-        &shell("grep ^0: /proc/self/cgroup; sleep 1000"),
+        &shell("grep ^0: /proc/self/cgroup; exec sleep 1000"),
     );
     assert_eq!(before.next_kind(FrameType::Stdout), b"0::/\n");
     let mut request = shell(
@@ -281,7 +281,7 @@ fn commands_join_the_group_of_pid_one() {
     assert_eq!(main.next_kind(FrameType::Stdout), b"left\n");
     let mut beside = start_running(
         agent.path(),
-        &shell("grep ^0: /proc/self/cgroup; sleep 1000"),
+        &shell("grep ^0: /proc/self/cgroup; exec sleep 1000"),
     );
     assert_eq!(beside.next_kind(FrameType::Stdout), b"0::/init\n");
     main.send(FrameType::Stdin, b"\n");

@@ -139,6 +139,36 @@ fn an_image_stays_as_long_as_a_snapshot_needs_it() {
 }
 
 #[test]
+fn an_image_stays_as_long_as_a_vm_has_it() {
+    let f = Fixture::new();
+    let (used, digest) = f.image("used");
+    let (unused, _) = f.image("unused");
+    let records = Records::open(&f.home).unwrap();
+    let draft = crate::record::Draft::default();
+    let config = |id, name| {
+        let mut config = VmConfig::new(id, name);
+        config.image_digest = digest.clone();
+        Ok(config)
+    };
+    let (record, lock) = records.create(&draft, config).unwrap();
+    drop(lock);
+    let pruned = f.images.prune(ALL).unwrap();
+    assert_eq!(pruned.images, [unused]);
+    let error = f.images.remove(&used).unwrap_err().to_string();
+    let user = format!("is used by VM \"{}\"", record.config().name);
+    assert!(error.contains(&user), "{error}");
+    // One that cannot be read may have any image.
+    let path = record.directory().join("config.json");
+    let json = fs::read(&path).unwrap();
+    fs::write(&path, "{").unwrap();
+    let error = f.images.remove(&used).unwrap_err().to_string();
+    assert!(error.contains("is damaged"), "{error}");
+    fs::write(&path, json).unwrap();
+    record.erase().unwrap();
+    f.images.remove(&used).unwrap();
+}
+
+#[test]
 fn nothing_is_removed_while_a_snapshot_cannot_be_read() {
     let f = Fixture::new();
     let (reference, digest) = f.image("image");
