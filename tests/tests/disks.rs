@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
 
-use sm_e2e::{Home, Mount, Vm, image, lab, unique, until};
+use sm_e2e::{Home, Mount, Reaped, Vm, image, lab, unique, until};
 
 /// Space in bytes that the topmost layers of all disks of a home take.
 fn written(home: &Home) -> u64 {
@@ -147,10 +147,10 @@ fn a_vm_waits_while_the_host_has_no_space() {
     let vm = idle(&home, &[]);
     let filler = home.data().join("sm/vms/.filler");
     fs::write(&filler, vec![1; 48 << 20]).unwrap();
-    sh(
-        &vm,
-        "dd if=/dev/zero of=/large bs=1M count=30 2>/dev/null; sync & echo begun",
-    );
+    // It ends when there is space.
+    let script = "dd if=/dev/zero of=/large bs=1M count=30 2> /dev/null; sync";
+    let writing = home.command(&["exec", &vm.name, "sh", "-c", script]);
+    let mut writing = Reaped({ writing }.spawn().unwrap());
     until("it waits for space", || {
         vm.inspect()["state"]["status"] == "paused"
     });
@@ -163,6 +163,7 @@ fn a_vm_waits_while_the_host_has_no_space() {
         vm.inspect()["state"]["status"] == "running"
     });
     // Nothing was lost, and the file system is not read-only.
+    assert!(writing.0.wait().unwrap().success());
     sh(&vm, "sync; touch /more");
     let sizes = sh(
         &vm,
