@@ -290,6 +290,91 @@ mod tests {
         assert!(error.contains(sm_control::VERSION), "{error}");
     }
 
+    /// Variable with the directory of a VM whose process replaces itself.
+    const REPLACED: &str = "SM_TEST_REPLACED";
+
+    /// Returns the request for the next run of VM `abab…`.
+    fn next_request() -> LaunchRequest {
+        let id = sm_control::id::VmId::parse(&"ab".repeat(32)).unwrap();
+        let request = serde_json::json!({
+            "version": sm_control::VERSION, "data": "/", "run": "/", "cache": "/",
+            "config": sm_control::config::LaunchConfig::from(
+                sm_control::config::VmConfig::new(id, "web")
+            ),
+            "cmdline": "", "source": {"snapshot": "s"}, "paging": "map", "upper_size": null,
+            "shm_size": null, "extra_hosts": [], "nameservers": [], "attach": false,
+            "columns": 80, "rows": 24, "start_timeout_ms": 1, "phases": [], "existing": true,
+            "restarts": {"count": 3, "delay_ms": 100},
+        });
+        serde_json::from_value(request).unwrap()
+    }
+
+    fn is_locked(path: &std::path::Path) -> bool {
+        let file = File::open(path).unwrap();
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared).is_err()
+    }
+
+    /// The process replaces itself by this test program, whose arguments, `__vmm` and the
+    /// short identifier of the VM, choose the test after this one.
+    #[test]
+    fn a_process_replaces_itself() {
+        let Some(directory) = std::env::var_os(REPLACED) else {
+            let directory = tempfile::tempdir().unwrap();
+            let name = "process::tests::a_process_replaces_itself";
+            let test = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name])
+                .env(REPLACED, directory.path())
+                .stdin(Stdio::null())
+                .output()
+                .unwrap();
+            assert!(test.status.success(), "{test:?}");
+            let text = String::from_utf8_lossy(&test.stdout);
+            // The first process never says that its test has passed.
+            assert!(text.contains("abababababab_is_the_next_run"), "{text}");
+            assert!(text.contains("1 passed"), "{text}");
+            assert!(directory.path().join("replaced").exists());
+            return;
+        };
+        let directory = std::path::PathBuf::from(directory);
+        let lock = File::create(directory.join("lock")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let listener = UnixListener::bind(directory.join("control.sock")).unwrap();
+        std::fs::write(directory.join("pid"), std::process::id().to_string()).unwrap();
+        let next = crate::restart::NextRun {
+            request: next_request(),
+            lock,
+            listener,
+        };
+        panic!("{}", next.exec());
+    }
+
+    /// The second part of the test before.
+    #[test]
+    fn abababababab_is_the_next_run() {
+        let Some(directory) = std::env::var_os(REPLACED) else {
+            return;
+        };
+        let directory = std::path::PathBuf::from(directory);
+        let pid = std::fs::read_to_string(directory.join("pid")).unwrap();
+        assert_eq!(
+            pid,
+            std::process::id().to_string(),
+            "it is the same process"
+        );
+        // A client that connects before the request was read is served as well.
+        let _client = UnixStream::connect(directory.join("control.sock")).unwrap();
+        assert!(is_locked(&directory.join("lock")));
+        let launcher = take_launch_stream().unwrap();
+        greet(&launcher);
+        let received = receive_request(&launcher).unwrap();
+        assert_eq!(received.request.restarts.count, 3);
+        assert!(is_locked(&directory.join("lock")));
+        received.listener.unwrap().accept().unwrap();
+        drop(received.lock);
+        assert!(!is_locked(&directory.join("lock")), "nothing else holds it");
+        std::fs::write(directory.join("replaced"), b"").unwrap();
+    }
+
     /// A copy at descriptor 0 would keep the stream open for the VM's life.
     #[test]
     fn the_launch_stream_is_moved_away_from_standard_input() {
