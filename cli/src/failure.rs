@@ -108,9 +108,16 @@ fn hint_of_image(error: &ImageError) -> Option<String> {
         ImageError::Space { .. } => {
             Some("free some, for instance with \"sm image prune\"".to_owned())
         }
-        ImageError::Used { user, .. } => Some(format!(
-            "remove the snapshot with \"sm snapshot rm {user}\""
-        )),
+        ImageError::Used { user, .. } => {
+            let (kind, name) = user.split_once(' ')?;
+            let name = name.trim_matches('"');
+            match kind {
+                "snapshot" => Some(format!(
+                    "remove the snapshot with \"sm snapshot rm {name}\""
+                )),
+                _ => Some(format!("remove the VM with \"sm rm {name}\"")),
+            }
+        }
         _ => None,
     }
 }
@@ -180,7 +187,7 @@ mod tests {
         assert_eq!(Failure::from(Error::from(running())).to_string(), text);
         let used = ImageError::Used {
             reference: "web".to_owned(),
-            user: "warm".to_owned(),
+            user: "snapshot \"warm\"".to_owned(),
         };
         let text = Failure::from(Error::from(used)).to_string();
         assert!(text.ends_with("hint: remove the snapshot with \"sm snapshot rm warm\""));

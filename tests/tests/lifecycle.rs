@@ -241,13 +241,16 @@ fn an_image_in_use_is_not_removed() {
             .unwrap()
             .count()
     };
-    home.sm(&["rmi", &image]).exits(0);
+    let refused = home.sm(&["rmi", &image]).exits(1).err();
+    assert!(
+        refused.contains(&format!("is used by VM \"{}\"", vm.name)),
+        "{refused}"
+    );
     assert_eq!(disks(), 1, "the disk of a running VM was removed");
     // The contents are not in the guest's page cache yet.
     let done = vm.exec(&["sh", "-c", "cat /bin/busybox | wc -c"]).exits(0);
     assert!(done.out().trim().parse::<u64>().unwrap() > 100_000);
     drop(vm);
-    home.sm(&["pull", &image]).exits(0);
     home.sm(&["rmi", &image]).exits(0);
     assert_eq!(disks(), 0, "nobody uses it any more");
 }

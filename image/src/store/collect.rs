@@ -83,7 +83,7 @@ pub struct Pruned {
     pub notes: Vec<String>,
 }
 
-/// Images that must stay, by digest, with the names of the snapshots that need them.
+/// Images that must stay, by digest, with their users, such as `snapshot "warm"`.
 pub type Users = BTreeMap<Digest, Vec<String>>;
 
 /// Determines the images that the caller's snapshots need; the error is a sentence. It is
