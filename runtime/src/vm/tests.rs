@@ -65,6 +65,15 @@ fn supervised(sm: &Sm, name: Option<&str>, setup: SupervisorSetup) -> Supervised
     testing::fixture(record, config, lock, setup)
 }
 
+/// Plays the process that starts a VM again, and the VM's process.
+fn supervised_again(sm: &Sm, record: &Record, setup: SupervisorSetup) -> Supervised {
+    let records = Records::open(sm.home()).unwrap();
+    let (record, lock) = records.claim(record).unwrap().expect("it is idle");
+    record.take_over().unwrap();
+    let config = record.config().clone();
+    testing::fixture(record, config, lock, setup)
+}
+
 impl Fixture {
     fn find(&self) -> Vm {
         self.sm.vm("vm").unwrap()
