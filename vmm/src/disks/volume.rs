@@ -48,7 +48,7 @@ fn try_lock(file: &File, path: &Path, operation: FlockOperation) -> Result<bool,
 }
 
 /// Takes the lock; false if another VM holds it. If that is about to end, its end is waited
-/// for: it has already told its clients that it has ended.
+/// for: its clients know already that it has ended.
 fn wait_for_lock(file: &File, path: &Path, operation: FlockOperation) -> Result<bool, DiskError> {
     let at_once = match operation {
         FlockOperation::LockShared => FlockOperation::NonBlockingLockShared,
