@@ -24,6 +24,7 @@ use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::VerifiedSnapshot;
 use sm_vmm::IMAGE_LABEL;
 
+use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;
 use crate::{Error, OptionError};
 
@@ -195,7 +196,11 @@ impl Snapshots {
     /// # Errors
     /// The snapshot does not exist, or is in use.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
-        Ok(self.store().remove(name)?)
+        self.store().remove(name)?;
+        let (subject, action) = (EventSubject::Snapshot, EventAction::Remove);
+        let event = EventRecord::now(subject, action, name, name);
+        EventLog::of(self.sm.home()).note(&event);
+        Ok(())
     }
 
     /// Starts `count` clones of a snapshot, and gets an identity report from each before
