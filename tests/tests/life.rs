@@ -134,7 +134,8 @@ fn a_workload_that_fails_is_restarted_until_it_is_stopped() {
     let actions = actions(home, &vm.name);
     let starts = actions.iter().filter(|action| *action == "start").count();
     let dies = actions.iter().filter(|action| *action == "die").count();
-    assert!(starts >= 3 && starts == dies, "{actions:?}");
+    // A run that is stopped before its workload runs has no start.
+    assert!(starts >= 3 && dies >= starts, "{actions:?}");
 }
 
 #[test]
@@ -153,25 +154,29 @@ fn restarts_end_at_their_number_and_a_success_ends_them() {
 #[test]
 fn an_update_applies_to_the_next_end() {
     let home = Home::shared();
-    let vm = home.detached(&["--restart", "always", &image("busybox"), "sleep", "1000"]);
+    let command = "sleep 1000; exit 4";
+    let vm = home.detached(&[
+        "--restart",
+        "always",
+        &image("busybox"),
+        "sh",
+        "-c",
+        command,
+    ]);
     home.sm(&["update", "--restart", "no", &vm.name]).exits(0);
     let name = unique("renamed");
     home.sm(&["rename", &vm.name, &name]).exits(0);
-    home.sm(&["exec", &name, "kill", "-9", "1"]).exits(0);
-    home.sm(&["exec", &name, "sh", "-c", "kill -9 $(pidof sleep)"]);
-    home.sm(&["wait", &name]).exits(0);
-    assert!(
-        state(home, &name).starts_with("exited"),
-        "{}",
-        state(home, &name)
-    );
+    let kill = "until kill -9 $(pidof sleep); do :; done";
+    home.sm(&["exec", &name, "sh", "-c", kill]);
+    assert_eq!(home.sm(&["wait", &name]).exits(0).out().trim(), "4");
+    assert_eq!(state(home, &name), "exited 4 0");
     home.sm(&["rm", &name]).exits(0);
 }
 
 #[test]
 fn a_vm_ends_when_its_time_is_over() {
     let home = Home::shared();
-    let vm = home.detached(&["--expire", "1s", "-t", &image("busybox"), "sleep", "1000"]);
+    let vm = home.detached(&["--expire", "1s", &image("busybox"), "sleep", "1000"]);
     home.sm(&["wait", &vm.name]).exits(0);
     assert_eq!(vm.inspect()["exit"]["stopped"], true);
 }
