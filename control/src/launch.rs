@@ -55,6 +55,13 @@ pub enum MountSource {
         /// The files that the image has at the target are copied to an empty volume.
         copy: bool,
     },
+    /// A directory of the host, or one file of it.
+    Host {
+        /// Absolute path of the directory, in which no component is a link.
+        directory: PathBuf,
+        /// Name of the file.
+        file: Option<String>,
+    },
     /// Guest memory.
     Tmpfs {
         /// Limit in bytes; absent for half of guest memory.

@@ -17,7 +17,7 @@ use crate::sm::Sm;
 
 /// Modules that a guest may need, by their names in `modules.dep`; those that a kernel
 /// has built in, or does not have, are skipped.
-const GUEST_MODULES: [&str; 11] = [
+const GUEST_MODULES: [&str; 12] = [
     // erofs needs libcrc32c, which requests this from the crypto API by name.
     "crc32c_generic",
     "virtio_mmio",
@@ -30,6 +30,7 @@ const GUEST_MODULES: [&str; 11] = [
     "overlay",
     "ext4",
     "vmgenid",
+    "virtiofs",
 ];
 
 /// Largest module read, in bytes.

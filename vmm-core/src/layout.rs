@@ -47,7 +47,7 @@ pub const SLOT_DATA_DISK: u32 = 3;
 pub const SLOT_NET: u32 = 4;
 /// Slot reserved for a balloon.
 pub const SLOT_BALLOON: u32 = 5;
-/// Slot reserved for shared directories.
+/// Slot of the device for shared directories; without any, it has none to offer.
 pub const SLOT_FS: u32 = 6;
 /// Slots of the disks of volumes, from `/dev/vdc` on; without one, a capacity is 0.
 pub const SLOTS_VOLUMES: std::ops::RangeInclusive<u32> = 7..=13;

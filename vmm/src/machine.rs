@@ -2,6 +2,7 @@
 
 mod disks;
 mod guest;
+mod shares;
 mod writable;
 
 use std::fs::File;
@@ -28,7 +29,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitLatch;
-use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
+use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_FS, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
@@ -292,6 +293,7 @@ fn begin(
             device: root.clone(),
         },
         device(SLOT_RNG, Rng::new()),
+        device(SLOT_FS, shares::device(request)?),
     ]);
     let (mut machine, source) = match plan.source {
         ResolvedSource::Snapshot {

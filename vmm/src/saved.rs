@@ -38,6 +38,7 @@ pub(crate) fn versions() -> Vec<u32> {
     let formats = [FORMAT, MACHINE_VERSION, PROTOCOL_VERSION, VM_SECTION.1];
     let devices = [
         sm_devices_vsock::STATE_VERSION,
+        sm_devices_fs::STATE_VERSION,
         rng::STATE_VERSION,
         blk::STATE_VERSION,
     ];

@@ -12,7 +12,7 @@ use crate::{cmd, modules, paths};
 
 /// Modules that `sm` may add to the initramfs (with their dependencies by `modules.dep`),
 /// so that the cache does not contain every driver.
-const GUEST_MODULES: [&str; 15] = [
+const GUEST_MODULES: [&str; 16] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
@@ -26,6 +26,7 @@ const GUEST_MODULES: [&str; 15] = [
     "vmgenid",
     "loop",
     "fuse",
+    "virtiofs",
     "crc32c_generic",
     "crc32c_intel",
 ];

@@ -1,4 +1,4 @@
-//! Mounts of volumes and tmpfs in the workload's root.
+//! Mounts of volumes, shared directories and tmpfs in the workload's root.
 //!
 //! Runs in a child of the agent. File systems are mounted in a mount namespace of the
 //! child's own, from which a copy of the mount is moved to the workload's: nothing is left in
@@ -11,14 +11,17 @@ mod copy;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, open, openat2};
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, open, openat, openat2,
+};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change,
-    move_mount, open_tree,
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_bind,
+    mount_change, mount_remount, move_mount, open_tree,
 };
 use sm_guest_proto::control::{GuestMount, GuestMountSource};
 
@@ -27,6 +30,9 @@ use crate::{device, sys};
 
 /// Timeout for the disk of a volume to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Tag of the host's shared directories.
+const SHARES: &str = "sm";
 
 /// The directory of a volume's file system that VMs see.
 const DATA: &str = "data";
@@ -54,7 +60,7 @@ pub(crate) fn perform(
     let mut trees = Vec::with_capacity(mounts.len());
     for (number, mount) in mounts.iter().enumerate() {
         let at = directory.join("mounts").join(number.to_string());
-        let tree = prepare(mount, &at);
+        let tree = prepare(mount, &at, &directory.join("shares"));
         trees.push(tree.map_err(|error| failed(&format!("mount {:?}", mount.target), error))?);
     }
     namespaces
@@ -69,8 +75,9 @@ pub(crate) fn perform(
     Ok(())
 }
 
-/// Mounts a file system at `at`; returns a copy of the mount, or of a directory in it.
-fn prepare(mount_of: &GuestMount, at: &Path) -> io::Result<OwnedFd> {
+/// Mounts a file system at `at`, or all shared directories at `shares`; returns a copy of the
+/// mount, or of a directory or file in it.
+fn prepare(mount_of: &GuestMount, at: &Path, shares: &Path) -> io::Result<OwnedFd> {
     fs::create_dir_all(at)?;
     let read_only = match mount_of.read_only {
         true => MountFlags::RDONLY,
@@ -91,6 +98,22 @@ fn prepare(mount_of: &GuestMount, at: &Path) -> io::Result<OwnedFd> {
             )?;
             at.join(DATA)
         }
+        GuestMountSource::Shared { name, file } => {
+            let root = mounted_shares(shares)?;
+            let source = root.join(name);
+            let (source, at) = match file {
+                None => (source, at.to_path_buf()),
+                Some(file) => {
+                    let at = at.join("file");
+                    fs::write(&at, "")?;
+                    (source.join(file), at)
+                }
+            };
+            // A mount of its own, whose flags are those of this share.
+            mount_bind(&source, &at)?;
+            mount_remount(&at, MountFlags::BIND | flags, "")?;
+            at
+        }
         GuestMountSource::Tmpfs { size, mode } => {
             let size = size.map_or_else(|| "50%".to_owned(), |size| size.to_string());
             let options = format!("mode={:o},size={size}\0", mode & 0o7777);
@@ -103,9 +126,27 @@ fn prepare(mount_of: &GuestMount, at: &Path) -> io::Result<OwnedFd> {
     Ok(open_tree(CWD, tree, flags)?)
 }
 
+/// Mounts the root of all shared directories at `path`, unless it is.
+fn mounted_shares(path: &Path) -> io::Result<PathBuf> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        created => created?,
+    }
+    let is_mounted = fs::metadata(path)?.dev() != fs::metadata(path.join(".."))?.dev();
+    if !is_mounted {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        mount(SHARES, path, "virtiofs", flags, None)?;
+    }
+    Ok(path.to_path_buf())
+}
+
 /// Moves a mount to its target in the workload's root.
 fn place(root: &OwnedFd, mount: &GuestMount, tree: &OwnedFd) -> io::Result<()> {
-    let target = directory(root, Path::new(&mount.target))?;
+    let target = Path::new(&mount.target);
+    let target = match &mount.source {
+        GuestMountSource::Shared { file: Some(_), .. } => file(root, target)?,
+        _ => directory(root, target)?,
+    };
     if let GuestMountSource::Disk { copy: true, .. } = mount.source
         && !mount.read_only
     {
@@ -139,6 +180,33 @@ fn directory(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
     )?)
 }
 
+/// Opens a file below `root`, and creates it and missing directories.
+fn file(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let open = || openat2(root, path, flags, Mode::empty(), INSIDE);
+    match open() {
+        Err(Errno::NOENT) => {}
+        found => {
+            let found = found?;
+            let kind = FileType::from_raw_mode(fstat(&found)?.st_mode);
+            return match kind.is_dir() {
+                true => Err(Errno::ISDIR.into()),
+                false => Ok(found),
+            };
+        }
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let parent = directory(root, parent)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    match openat(&parent, name, flags, Mode::from_raw_mode(0o644)) {
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(open()?)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -168,6 +236,13 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         for path in ["/dangling", "/file", "/file/below"] {
             assert!(directory(&root, Path::new(path)).is_err(), "{path}");
+        }
+        for (path, made) in [("/var/run/d/f", "run/d/f"), ("/file", "file")] {
+            file(&root, Path::new(path)).unwrap();
+            assert!(inside.join(made).is_file(), "{path}");
+        }
+        for path in ["/run", "/dangling", "/file/below", "/"] {
+            assert!(file(&root, Path::new(path)).is_err(), "{path}");
         }
     }
 }

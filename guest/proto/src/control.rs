@@ -146,6 +146,13 @@ pub enum GuestMountSource {
         /// If that directory is empty, the files at the target are copied to it first.
         copy: bool,
     },
+    /// A directory of the host, which is an entry of the virtio-fs file system `sm`.
+    Shared {
+        /// Name of the entry.
+        name: String,
+        /// The only file of the directory, which is mounted in its place.
+        file: Option<String>,
+    },
     /// Guest memory.
     Tmpfs {
         /// Limit in bytes; absent for half of guest memory.

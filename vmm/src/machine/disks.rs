@@ -69,7 +69,7 @@ pub(super) fn volumes(
                 directory: directory.as_deref(),
                 read_only: mount.read_only,
             }),
-            MountSource::Tmpfs { .. } => None,
+            MountSource::Host { .. } | MountSource::Tmpfs { .. } => None,
         });
     let templates = Templates::new(&request.data);
     let mut disks = Vec::new();

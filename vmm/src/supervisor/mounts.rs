@@ -15,11 +15,17 @@ fn device(number: u8) -> String {
 /// Returns the mounts for the agent, in the order of the request.
 pub(super) fn of_guest(requested: &[MountRequest]) -> Vec<GuestMount> {
     let mut volumes = 0..;
+    let mut shares = 0u32..;
     let mount = |mount: &MountRequest| GuestMount {
         source: match &mount.source {
             MountSource::Volume { copy, .. } => GuestMountSource::Disk {
                 device: device(volumes.next().unwrap_or(u8::MAX)),
                 copy: *copy,
+            },
+            MountSource::Host { file, .. } => GuestMountSource::Shared {
+                // As `machine/shares.rs` names them.
+                name: shares.next().unwrap_or(u32::MAX).to_string(),
+                file: file.clone(),
             },
             MountSource::Tmpfs { size, mode } => GuestMountSource::Tmpfs {
                 size: *size,
@@ -52,10 +58,16 @@ mod tests {
             size: None,
             mode: None,
         };
+        let host = |file: Option<&str>| MountSource::Host {
+            directory: "/x".into(),
+            file: file.map(str::to_owned),
+        };
         let requested = [
             mount(volume("a"), "/a"),
+            mount(host(None), "/h"),
             mount(tmpfs, "/t"),
             mount(volume("b"), "/b"),
+            mount(host(Some("f")), "/f"),
         ];
         let sources: Vec<_> = of_guest(&requested).into_iter().map(|m| m.source).collect();
         let disk = |device: &str| GuestMountSource::Disk {
@@ -66,6 +78,19 @@ mod tests {
             size: None,
             mode: 0o1777,
         };
-        assert_eq!(sources, [disk("/dev/vdc"), tmpfs, disk("/dev/vdd")]);
+        let shared = |name: &str, file: Option<&str>| GuestMountSource::Shared {
+            name: name.to_owned(),
+            file: file.map(str::to_owned),
+        };
+        assert_eq!(
+            sources,
+            [
+                disk("/dev/vdc"),
+                shared("0", None),
+                tmpfs,
+                disk("/dev/vdd"),
+                shared("1", Some("f")),
+            ]
+        );
     }
 }

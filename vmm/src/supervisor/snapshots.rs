@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use sm_control::launch::{ControlAnswer, SnapshotReport};
+use sm_control::launch::{ControlAnswer, MountRequest, MountSource, SnapshotReport};
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
@@ -28,6 +28,10 @@ use crate::guest::{AfterCapture, GuestMachine, PublishedSnapshot, SnapshotPlan};
 /// has a shorter limit, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A clone could reach the directories only by their paths, and a path in a snapshot is no
+/// right to what is there.
+const SHARES: &str = "files of the host are mounted in this VM, and a snapshot cannot contain them";
+
 impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn start_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
         if let Err(refusal) = self.try_start_snapshot(client, plan) {
@@ -38,6 +42,10 @@ impl<G: GuestMachine> Supervisor<G> {
     fn try_start_snapshot(&mut self, client: u64, plan: SnapshotPlan) -> Result<(), String> {
         if let Some(guest) = &self.guest {
             guest.check_snapshot(&plan.name)?;
+        }
+        let shares = |mount: &MountRequest| matches!(mount.source, MountSource::Host { .. });
+        if self.request.mounts.iter().any(shares) {
+            return Err(SHARES.to_owned());
         }
         let is_about_to_end = self.is_about_to_end();
         let refusal = match &mut self.stage {

@@ -1,0 +1,66 @@
+//! The directories of the host that a machine shares with its guest.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use rustix::fs::OFlags;
+use sm_control::launch::{LaunchRequest, MountSource};
+use sm_control::with_causes;
+use sm_devices_fs::{Fs, FsConfig, Share, ShareOptions, ShareOwner};
+
+/// Returns the device that shares the directories of the request's mounts: each is an entry
+/// of its root, named by its number among them.
+///
+/// # Errors
+/// A directory cannot be opened; a sentence.
+pub(super) fn device(request: &LaunchRequest) -> Result<Fs, String> {
+    let owner = owner(&request.config.workload.user);
+    let mut config = FsConfig::default();
+    let mut number = 0u32;
+    for mount in &request.mounts {
+        let MountSource::Host { directory, file } = &mount.source else {
+            continue;
+        };
+        let failed = |error: &dyn std::error::Error| {
+            let path = directory.display();
+            format!("cannot share \"{path}\": {}", with_causes(error))
+        };
+        // A path only: entries are opened when the guest asks for them. The last component
+        // is no link, as the launcher has resolved all of them.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        let flags = i32::try_from(flags.bits()).map_err(|error| failed(&error))?;
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).custom_flags(flags).open(directory);
+        let opened = opened.map_err(|error| failed(&error))?.into();
+        let options = ShareOptions::default()
+            .read_only(mount.read_only)
+            .owner(owner)
+            .submounts(true);
+        let name = number.to_string();
+        let share = match file {
+            Some(file) => Share::file(name, opened, file, options),
+            None => Share::new(name, opened, options),
+        };
+        config = config.share(share.map_err(|error| failed(&error))?);
+        number += 1;
+    }
+    Fs::new(config).map_err(|error| {
+        let causes = with_causes(&error);
+        format!("cannot share directories of the host: {causes}")
+    })
+}
+
+/// Returns the owners that the guest sees. Root of the host has the files of all users, with
+/// their owners; files of another user are those of the workload.
+fn owner(user: &str) -> ShareOwner {
+    if rustix::process::geteuid().is_root() {
+        return ShareOwner::Keep;
+    }
+    // A name is known to the guest only, where root may use all files.
+    let (user, group) = user.split_once(':').unwrap_or((user, ""));
+    let uid = user.parse().unwrap_or(0);
+    ShareOwner::Squash {
+        uid,
+        gid: group.parse().unwrap_or(uid),
+    }
+}
