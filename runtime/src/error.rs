@@ -114,6 +114,14 @@ pub enum OptionError {
     /// Two mounts have the same target.
     #[error("two file systems cannot be mounted at \"{0}\"")]
     MountedTwice(String),
+    /// A path of the host cannot be mounted.
+    #[error("\"{}\" cannot be mounted: {reason}", path.display())]
+    HostPath {
+        /// The path.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
     /// A clone cannot differ in this from its snapshot.
     #[error("{0} of a snapshot's VM cannot be changed")]
     Fixed(FixedOption),

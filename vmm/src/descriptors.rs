@@ -22,6 +22,9 @@ const PER_LISTENER: usize = 3;
 /// [`MIN_PERSISTENT`] of [`RESERVE`] are theirs.
 const MAX_PERSISTENT: usize = 1024;
 const MIN_PERSISTENT: usize = 128;
+/// Most descriptors for files of the host that a guest uses: open ones, and directories.
+const MOST_FILES: usize = 5120;
+const MIN_FILES: usize = 64;
 /// Minimum of each share where descriptors are too few.
 const LEAST: usize = 16;
 
@@ -51,16 +54,25 @@ pub(super) struct Descriptors {
     /// Maximum of the muxer's connections: the sum of the limits and [`OTHERS`], so that
     /// the muxer never refuses one of these.
     pub(super) connections: usize,
+    /// Maximum of files of the host that a guest has open, and of directories that are kept
+    /// open beside them.
+    pub(super) files: (u32, u32),
 }
 
 impl Descriptors {
-    /// Divides this process's descriptors, for the given number of listeners.
-    pub(super) fn of_this_process(listeners: usize) -> Self {
-        let (exec, published) = shares(most(), listeners);
+    /// Divides this process's descriptors, for the given number of listeners, and for files
+    /// of the host if they are mounted.
+    pub(super) fn of_this_process(listeners: usize, has_files: bool) -> Self {
+        let most = most();
+        let files = if has_files { files(most) } else { 0 };
+        let (exec, published) = shares(most.saturating_sub(files), listeners);
+        // At most `MOST_FILES`.
+        let files = u32::try_from(files).unwrap_or(0);
         Self {
             exec: Limit::new(exec),
             published: Limit::new(published),
             connections: exec + published + OTHERS,
+            files: (files - files / 5, files / 5),
         }
     }
 }
@@ -80,6 +92,11 @@ pub(super) fn max_persistent_clients() -> usize {
 
 fn persistent_clients(most: usize) -> usize {
     (most / 8).clamp(MIN_PERSISTENT, MAX_PERSISTENT)
+}
+
+/// Returns the descriptors for files of the host, out of `most`.
+fn files(most: usize) -> usize {
+    (most / 4).clamp(MIN_FILES, MOST_FILES)
 }
 
 /// Returns the descriptors for exec and for published ports, out of `most`.
@@ -104,6 +121,7 @@ mod tests {
             assert!(exec >= LEAST && published >= exec, "{most}");
             assert!(exec + published + RESERVE + 3 <= most, "{most}");
         }
+        assert_eq!((files(1024), files(1 << 20)), (256, MOST_FILES));
         assert_eq!(shares(1024, 0), (64, 448));
         assert_eq!(shares(1024, 128), (16, 112));
         assert_eq!(shares(1 << 20, 10), (1024, 15_344));

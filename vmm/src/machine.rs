@@ -254,7 +254,8 @@ fn begin(
         paging::disable_huge_pages();
     }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
-    let descriptors = Descriptors::of_this_process(request.config.publish.len());
+    let descriptors =
+        Descriptors::of_this_process(request.config.publish.len(), shares::has_any(request));
     let config = VsockConfig::default().max_connections(descriptors.connections);
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, events.clone());
@@ -293,7 +294,7 @@ fn begin(
             device: root.clone(),
         },
         device(SLOT_RNG, Rng::new()),
-        device(SLOT_FS, shares::device(request)?),
+        device(SLOT_FS, shares::device(request, descriptors.files)?),
     ]);
     let (mut machine, source) = match plan.source {
         ResolvedSource::Snapshot {

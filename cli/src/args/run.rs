@@ -126,12 +126,14 @@ pub(crate) struct CreateArgs {
     /// Firecracker and Cloud Hypervisor
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
-    /// Mount a volume, which is created if it does not exist; without a name, a disk that is
-    /// removed with the VM. Options: ro, nocopy (leave an empty volume empty)
-    #[arg(short, long, value_name = "[NAME:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
+    /// Mount a directory or file of the host (a source with /), or a volume, which is created
+    /// if it does not exist; without a source, a disk that is removed with the VM. Options: ro,
+    /// nocopy (leave an empty volume empty)
+    #[arg(short, long, value_name = "[SOURCE:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
     pub(crate) volume: Vec<Mount>,
-    /// Mount a volume or guest memory: type=volume|tmpfs,target=PATH, and source=NAME,
-    /// readonly, volume-nocopy, tmpfs-size=SIZE or tmpfs-mode=MODE
+    /// Mount a volume, a path of the host or guest memory: type=volume|bind|tmpfs,target=PATH,
+    /// and source=NAME or source=PATH, readonly, volume-nocopy, tmpfs-size=SIZE or
+    /// tmpfs-mode=MODE
     #[arg(long, value_name = "OPTION=VALUE[,OPTION=VALUE]...", value_parser = Mount::from_mount_option)]
     pub(crate) mount: Vec<Mount>,
     /// Mount guest memory. Options: size=SIZE, mode=MODE, ro

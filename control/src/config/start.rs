@@ -1,5 +1,7 @@
 //! The settings of a VM's starts, which its record keeps beside the configuration.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::paging::Paging;
@@ -62,6 +64,11 @@ pub enum MountSourceV1 {
         name: Option<String>,
         /// The image's files at the target are copied to an empty volume.
         copy: bool,
+    },
+    /// A directory or a regular file of the host.
+    Host {
+        /// Its absolute path, which is resolved at each start.
+        path: PathBuf,
     },
     /// Guest memory.
     Tmpfs {

@@ -1,11 +1,12 @@
 //! Mounts of a VM, and Docker's texts for them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sm_control::config::{MountSourceV1, MountV1};
 use sm_control::launch::{MountRequest, MountSource};
 
 use super::{VolumeError, VolumeOptions, Volumes};
+use crate::home::Home;
 use crate::{Error, OptionError};
 
 /// A file system that is mounted in a workload's root.
@@ -33,6 +34,9 @@ enum MountKind {
         name: Option<String>,
         copy: bool,
     },
+    Host {
+        path: PathBuf,
+    },
     Tmpfs {
         size: Option<u64>,
         mode: Option<u32>,
@@ -57,6 +61,21 @@ impl Mount {
     fn of_disk(name: Option<String>, target: impl Into<String>) -> Self {
         Self {
             kind: MountKind::Volume { name, copy: true },
+            target: target.into(),
+            read_only: false,
+        }
+    }
+
+    /// Mounts a directory or a regular file of the host at the absolute path `target`. The path
+    /// is resolved when the VM starts, links included, and has to exist.
+    ///
+    /// The guest sees changes of the host within a second, and the host those of the guest at
+    /// once. New files belong to the user who starts the VM. No file system of the host below
+    /// the directory is left out.
+    #[must_use]
+    pub fn host(path: impl Into<PathBuf>, target: impl Into<String>) -> Self {
+        Self {
+            kind: MountKind::Host { path: path.into() },
             target: target.into(),
             read_only: false,
         }
@@ -110,8 +129,9 @@ impl Mount {
         self
     }
 
-    /// Parses the value of Docker's `-v`: `[NAME:]TARGET[:OPTIONS]`, with the options `ro`,
-    /// `rw` and `nocopy`.
+    /// Parses the value of Docker's `-v`: `[SOURCE:]TARGET[:OPTIONS]`, with the options `ro`,
+    /// `rw` and, for a volume, `nocopy`. A source that begins with `/`, `.` or `~` is a path of
+    /// the host, any other is the name of a volume.
     ///
     /// # Errors
     /// A sentence.
@@ -124,12 +144,12 @@ impl Mount {
             [name, target, options] => (Some(name), target, options),
             _ => {
                 return Err(format!(
-                    "\"{text}\" is no volume: write [NAME:]TARGET[:OPTIONS]"
+                    "\"{text}\" is no volume: write [SOURCE:]TARGET[:OPTIONS]"
                 ));
             }
         };
         let mut mount = match name {
-            Some(name) if name.starts_with(['/', '.', '~']) => return Err(no_folders(name)),
+            Some(path) if path.starts_with(['/', '.', '~']) => Self::host(path, target),
             Some(name) => Self::volume(name, target),
             None => Self::anonymous(target),
         };
@@ -137,10 +157,12 @@ impl Mount {
             mount = match option {
                 "ro" => mount.read_only(true),
                 "rw" => mount.read_only(false),
-                "nocopy" => mount.without_copy(),
+                "nocopy" if matches!(mount.kind, MountKind::Volume { .. }) => mount.without_copy(),
+                // Labels of SELinux, and hints for caches of other systems.
+                "z" | "Z" | "cached" | "delegated" | "consistent" => mount,
                 _ => {
                     return Err(format!(
-                        "\"{option}\" is no option of a volume: ro, rw, nocopy"
+                        "\"{option}\" is no option of this mount: ro, rw, and nocopy for a volume"
                     ));
                 }
             };
@@ -148,8 +170,9 @@ impl Mount {
         mount.checked()
     }
 
-    /// Parses the value of Docker's `--mount`: `type=volume|tmpfs,target=PATH`, with
-    /// `source=NAME`, `readonly`, `volume-nocopy`, `tmpfs-size=SIZE` and `tmpfs-mode=MODE`.
+    /// Parses the value of Docker's `--mount`: `type=volume|bind|tmpfs,target=PATH`, with
+    /// `source=NAME` or `source=PATH`, `readonly`, `volume-nocopy`, `tmpfs-size=SIZE` and
+    /// `tmpfs-mode=MODE`.
     ///
     /// # Errors
     /// A sentence.
@@ -165,21 +188,25 @@ impl Mount {
         let mut mount = match value(&["type"]).unwrap_or("volume") {
             "volume" => Self::of_disk(value(&["source", "src"]).map(str::to_owned), target),
             "tmpfs" => Self::tmpfs(target),
-            "bind" => return Err(no_folders(value(&["source", "src"]).unwrap_or_default())),
+            "bind" => match value(&["source", "src"]) {
+                Some(path) if !path.is_empty() => Self::host(path, target),
+                _ => return Err(format!("\"{text}\" has no source: add source=PATH")),
+            },
             other => {
                 return Err(format!(
-                    "\"{other}\" is no type of a mount: volume or tmpfs"
+                    "\"{other}\" is no type of a mount: volume, bind or tmpfs"
                 ));
             }
         };
         let is_tmpfs = matches!(mount.kind, MountKind::Tmpfs { .. });
+        let is_volume = matches!(mount.kind, MountKind::Volume { .. });
         for part in text.split(',') {
             let (name, value) = part.split_once('=').unwrap_or((part, ""));
             mount = match name {
                 "type" | "target" | "dst" | "destination" => mount,
                 "source" | "src" if !is_tmpfs => mount,
                 "readonly" | "ro" => mount.read_only(matches!(value, "" | "true" | "1")),
-                "volume-nocopy" if !is_tmpfs => match value {
+                "volume-nocopy" if is_volume => match value {
                     "" | "true" | "1" => mount.without_copy(),
                     _ => mount,
                 },
@@ -225,6 +252,10 @@ impl Mount {
                     name: name.clone(),
                     copy: *copy,
                 },
+                MountKind::Host { path } => MountSourceV1::Host {
+                    // A later start has another working directory.
+                    path: std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+                },
                 MountKind::Tmpfs { size, mode } => MountSourceV1::Tmpfs {
                     size: *size,
                     mode: *mode,
@@ -246,12 +277,44 @@ impl Mount {
     }
 }
 
-fn no_folders(source: &str) -> String {
-    format!(
-        "\"{source}\" cannot be mounted: guests cannot reach files of the host yet. Put the files \
-         into the image or a volume, or hand them over as input: \
-         tar -c FILES | sm exec -i VM tar -x"
-    )
+/// Resolves a path of the host that is to be mounted.
+fn resolved(home: &Home, path: &Path) -> Result<MountSource, Error> {
+    let failed = |source| Error::File {
+        operation: "mount",
+        path: path.to_owned(),
+        source,
+    };
+    let refused = |reason: &str| {
+        Error::from(OptionError::HostPath {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        })
+    };
+    let real = path.canonicalize().map_err(failed)?;
+    if real.to_str().is_none() {
+        return Err(refused("its name is not valid UTF-8"));
+    }
+    // A guest that writes there runs code on the host: snapshots are memory of other guests.
+    for own in [home.data(), home.run(), home.cache()] {
+        let own = own.canonicalize().unwrap_or_else(|_| own.to_owned());
+        if real.starts_with(&own) {
+            return Err(refused("VMs and images are stored there"));
+        }
+    }
+    let kind = real.metadata().map_err(failed)?.file_type();
+    if kind.is_dir() {
+        return Ok(MountSource::Host {
+            directory: real,
+            file: None,
+        });
+    }
+    match (real.parent(), real.file_name()) {
+        (Some(parent), Some(name)) if kind.is_file() => Ok(MountSource::Host {
+            directory: parent.to_owned(),
+            file: Some(name.to_string_lossy().into_owned()),
+        }),
+        _ => Err(refused("it is neither a directory nor a regular file")),
+    }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -278,10 +341,11 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 }
 
 /// Returns the mounts for a launch request, parents before children. Volumes that do not
-/// exist are created.
+/// exist are created, and paths of the host are resolved.
 ///
 /// # Errors
-/// Two mounts have the same target, or a volume cannot be created.
+/// Two mounts have the same target, a volume cannot be created, or a path of the host cannot
+/// be mounted.
 pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<MountRequest>, Error> {
     let mut requests = Vec::with_capacity(mounts.len());
     for mount in mounts {
@@ -307,6 +371,7 @@ pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<Moun
                 },
                 copy: *copy,
             },
+            MountSourceV1::Host { path } => resolved(volumes.sm.home(), path)?,
             MountSourceV1::Tmpfs { size, mode } => MountSource::Tmpfs {
                 size: *size,
                 mode: *mode,
@@ -334,6 +399,10 @@ mod tests {
         let read_only = Mount::volume("db", "/data").read_only(true);
         assert_eq!(parse("db:/data:ro"), Ok(read_only.clone()));
         assert_eq!(parse("db:/data:ro,nocopy"), Ok(read_only.without_copy()));
+        let work = Mount::host("/home/me", "/work");
+        assert_eq!(parse("/home/me:/work"), Ok(work.clone()));
+        assert_eq!(parse("/home/me:/work:ro,z"), Ok(work.read_only(true)));
+        assert_eq!(parse(".:/work"), Ok(Mount::host(".", "/work")));
         assert_eq!(
             parse("/data:ro"),
             Ok(Mount::anonymous("/data").read_only(true))
@@ -342,10 +411,10 @@ mod tests {
             ("", "absolute path"),
             ("data", "absolute path"),
             ("db:/", "absolute path"),
-            ("db:/data:fast", "no option of a volume"),
+            ("db:/data:fast", "no option of this mount"),
+            ("/home:/data:nocopy", "no option of this mount"),
             ("a:/b:ro:c", "no volume"),
-            ("/home:/data", "files of the host"),
-            ("./x:/data", "files of the host"),
+            ("/home:data", "no option of this mount"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
@@ -366,13 +435,18 @@ mod tests {
             Ok(db.without_copy())
         );
         assert_eq!(
+            parse("type=bind,source=./x,target=/x,readonly"),
+            Ok(Mount::host("./x", "/x").read_only(true))
+        );
+        assert_eq!(
             parse("type=tmpfs,target=/t,tmpfs-size=1g,tmpfs-mode=700"),
             Ok(Mount::tmpfs("/t").size(1 << 30).mode(0o700))
         );
         for (text, why) in [
             ("type=volume,source=db", "no target"),
             ("type=npipe,target=/x", "no type"),
-            ("type=bind,source=/x,target=/x", "files of the host"),
+            ("type=bind,target=/x", "no source"),
+            ("type=bind,source=/x,target=/x,volume-nocopy", "no option"),
             ("type=tmpfs,source=db,target=/x", "no option"),
             ("type=volume,target=/x,tmpfs-size=1m", "no option"),
             ("type=tmpfs,target=/x,tmpfs-size=much", "no size"),
@@ -413,5 +487,44 @@ mod tests {
         let error = requests(&sm.volumes(), &twice).unwrap_err().to_string();
         assert!(error.contains("\"/a/\""), "{error}");
         assert!(requests(&sm.volumes(), &[Mount::volume("-", "/a").stored()]).is_err());
+    }
+
+    #[test]
+    fn paths_of_the_host_are_resolved() {
+        let dir = tempfile::tempdir().unwrap();
+        let sm = crate::Sm::builder()
+            .below(dir.path().join("sm"))
+            .build()
+            .unwrap();
+        let outside = dir.path().join("outside");
+        std::fs::create_dir_all(outside.join("d")).unwrap();
+        std::fs::write(outside.join("f"), "").unwrap();
+        std::os::unix::fs::symlink("d", outside.join("link")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(outside.join("socket")).unwrap();
+        let real = outside.canonicalize().unwrap();
+        let found = |path: &Path| {
+            let mounts = [Mount::host(path, "/x").stored()];
+            requests(&sm.volumes(), &mounts).map(|requests| requests[0].source.clone())
+        };
+        let host = |directory: PathBuf, file: Option<&str>| MountSource::Host {
+            directory,
+            file: file.map(str::to_owned),
+        };
+        for (name, source) in [
+            ("d", host(real.join("d"), None)),
+            ("link", host(real.join("d"), None)),
+            ("f", host(real.clone(), Some("f"))),
+        ] {
+            assert_eq!(found(&outside.join(name)).unwrap(), source, "{name}");
+        }
+        for (path, why) in [
+            (outside.join("missing"), "No such file"),
+            (outside.join("socket"), "neither a directory"),
+            (sm.home().data().to_owned(), "are stored there"),
+        ] {
+            std::fs::create_dir_all(sm.home().data()).unwrap();
+            let error = sm_control::with_causes(&found(&path).unwrap_err());
+            assert!(error.contains(why), "{}: {error}", path.display());
+        }
     }
 }

@@ -8,14 +8,23 @@ use sm_control::launch::{LaunchRequest, MountSource};
 use sm_control::with_causes;
 use sm_devices_fs::{Fs, FsConfig, Share, ShareOptions, ShareOwner};
 
+/// Returns true if directories of the host are mounted.
+pub(super) fn has_any(request: &LaunchRequest) -> bool {
+    let mut mounts = request.mounts.iter();
+    mounts.any(|mount| matches!(mount.source, MountSource::Host { .. }))
+}
+
 /// Returns the device that shares the directories of the request's mounts: each is an entry
-/// of its root, named by its number among them.
+/// of its root, named by its number among them. `files` are the maximum numbers of open files
+/// and of directories that are kept open.
 ///
 /// # Errors
 /// A directory cannot be opened; a sentence.
-pub(super) fn device(request: &LaunchRequest) -> Result<Fs, String> {
+pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, String> {
     let owner = owner(&request.config.workload.user);
-    let mut config = FsConfig::default();
+    let mut config = FsConfig::default()
+        .max_handles(files.0)
+        .max_directories(files.1);
     let mut number = 0u32;
     for mount in &request.mounts {
         let MountSource::Host { directory, file } = &mount.source else {
