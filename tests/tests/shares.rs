@@ -1,5 +1,4 @@
 //! Directories and files of the host in a guest.
-#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
@@ -25,11 +24,11 @@ fn a_directory_is_shared_both_ways() {
     fs::set_permissions(path.join("script"), fs::Permissions::from_mode(0o755)).unwrap();
     fs::create_dir(path.join("d")).unwrap();
     symlink("/etc/passwd", path.join("link")).unwrap();
-    let mount = format!("{}:/work", path.display());
-    let script = "cd /work && ./script && readlink link && ls | tr '\\n' ' ' &&
+    let mount = format!("{}:/shared", path.display());
+    let script = "cd /shared && ./script && readlink link && ls | tr '\\n' ' ' &&
         mkdir -p d/new && echo text > d/new/file && chmod 600 d/new/file && ln d/new/file d/hard &&
         mv d/new d/moved && rm script && dd if=/dev/zero of=large bs=1M count=20 2>/dev/null &&
-        grep -c ' /work virtiofs .*nosuid,nodev' /proc/mounts";
+        grep -c ' /shared virtiofs .*nosuid,nodev' /proc/mounts";
     let out = run(home, &[&mount], script).exits(0).out();
     assert_eq!(out, "ran\n/etc/passwd\nd link script 1\n");
     let file = path.join("d/moved/file").metadata().unwrap();
@@ -70,14 +69,14 @@ fn read_only_directories_and_files_stay_as_they_are() {
 fn the_guest_sees_changes_of_the_host() {
     let home = Home::shared();
     let folder = tempfile::tempdir().unwrap();
-    let mount = format!("{}:/work", folder.path().display());
+    let mount = format!("{}:/shared", folder.path().display());
     let image = image("busybox");
     let vm = home.detached(&["-m", "128m", "-v", &mount, &image, "sleep", "10000"]);
     for text in ["one", "two"] {
         fs::write(folder.path().join("new"), text).unwrap();
         fs::rename(folder.path().join("new"), folder.path().join("f")).unwrap();
         until("the guest sees it", || {
-            vm.exec(&["cat", "/work/f"]).out() == text
+            vm.exec(&["cat", "/shared/f"]).out() == text
         });
     }
     let refused = home
@@ -89,7 +88,7 @@ fn the_guest_sees_changes_of_the_host() {
         "{refused}"
     );
     // It goes on.
-    vm.exec(&["touch", "/work/after"]).exits(0);
+    vm.exec(&["touch", "/shared/after"]).exits(0);
     assert!(folder.path().join("after").exists());
 }
 
