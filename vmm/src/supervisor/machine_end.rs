@@ -29,6 +29,8 @@ pub(super) fn power_off_timeout(request: &LaunchRequest) -> Duration {
             MountSource::Volume { directory, .. } => {
                 directory.is_some() || !request.config.auto_remove
             }
+            // The server on the host has all that the guest's kernel has sent.
+            MountSource::Host { .. } => true,
             MountSource::Tmpfs { .. } => false,
         };
         keeps && !mount.read_only
