@@ -1,7 +1,8 @@
 //! Flattening of snapshots without a VMM: copies without a parent.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use crate::Error;
 use crate::capture;
@@ -11,6 +12,15 @@ use crate::extents::{ExtentBuilder, ExtentKind, MemoryIndex, PAGE};
 use crate::manifest::{Manifest, MemoryEntry};
 use crate::memory_file;
 use crate::store::{Draft, SnapshotStore};
+use crate::working_set;
+
+/// The files that a copy has of its own, or has not at all.
+const OWN_FILES: [&str; 4] = [
+    "manifest.json",
+    "state.bin",
+    "memory.bin",
+    working_set::FILE,
+];
 
 /// Writes a copy of a snapshot that has no parent, as `name`. The copy restores the same
 /// machine.
@@ -77,7 +87,24 @@ fn flat_copy(store: &SnapshotStore, chain: &Chain) -> Result<(Draft, Manifest), 
         },
         ..tip.lease.manifest().clone()
     };
+    link_further_files(tip.lease.dir(), draft.path())?;
     capture::write_state(&draft, &state, &mut manifest)?;
     capture::write_manifest(&draft, &mut manifest)?;
     Ok((draft, manifest))
+}
+
+/// Gives the copy the files that a capture was given besides its own
+/// ([`capture::Capture::add_file`]), which do not change.
+fn link_further_files(from: &Path, to: &Path) -> Result<(), Error> {
+    let list = |source| Error::io("list", from)(source);
+    for entry in fs::read_dir(from).map_err(list)? {
+        let name = entry.map_err(list)?.file_name();
+        // The working set is that of the chain.
+        if OWN_FILES.iter().any(|own| name == **own) {
+            continue;
+        }
+        let path = from.join(&name);
+        fs::hard_link(&path, to.join(&name)).map_err(Error::io("link", &path))?;
+    }
+    Ok(())
 }

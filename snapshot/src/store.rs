@@ -120,7 +120,7 @@ pub struct StoreEntry {
     pub name: String,
     /// The manifest, or the reason why the snapshot cannot be used.
     pub manifest: Result<Manifest, Error>,
-    /// Disk usage in bytes.
+    /// Disk usage in bytes, without files that have other names elsewhere.
     pub disk_bytes: u64,
 }
 
@@ -488,6 +488,8 @@ fn disk_bytes(dir: &Path) -> u64 {
         entries
             .flatten()
             .filter_map(|entry| entry.metadata().ok())
+            // Others share the rest, and its space stays with them.
+            .filter(|metadata| metadata.nlink() == 1)
             .map(|metadata| metadata.blocks() * 512)
             .sum()
     })

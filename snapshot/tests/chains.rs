@@ -167,6 +167,35 @@ fn a_snapshot_is_flattened_in_place_unless_it_is_used() {
 }
 
 #[test]
+fn further_files_are_part_of_a_flat_copy() {
+    let (dir, store) = store();
+    let memory = booted();
+    let layer = dir.path().join("layer");
+    fs::write(&layer, "layer").unwrap();
+    let begun = Capture::begin(&store, &memory.guest, Ancestry::Booted).unwrap();
+    begun
+        .add_file("disk-3.0", |path| fs::hard_link(&layer, path))
+        .unwrap();
+    let sections = sections("tip");
+    begun
+        .finish(&store, "tip", description(), sections)
+        .unwrap();
+    let chain = Chain::open(&store, "tip").unwrap();
+    flat::flatten_to(&store, &chain, "flat").unwrap();
+    drop(chain);
+    flat::flatten(&store, "tip").unwrap();
+    for name in ["tip", "flat"] {
+        let path = dir.path().join("s").join(name).join("disk-3.0");
+        assert_eq!(fs::read_to_string(path).unwrap(), "layer");
+    }
+    // Files that are shared are no space of a snapshot.
+    fs::write(&layer, vec![1; 1 << 20]).unwrap();
+    for entry in store.list().unwrap() {
+        assert!(entry.disk_bytes < 1 << 20, "{}", entry.disk_bytes);
+    }
+}
+
+#[test]
 fn clones_do_not_see_each_other_nor_change_the_snapshot() {
     let (_dir, store) = store();
     let memory = booted();
