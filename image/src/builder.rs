@@ -13,7 +13,7 @@ use crate::documents::{
     OCI_LAYER_ZSTD, OCI_MANIFEST, REF_NAME, parse,
 };
 use crate::platform::Platform;
-use crate::tar::{DirectoryTar, END, Header, Kind, encode, padding};
+use sm_tar::{DirectoryTar, END, TarHeader, TarKind, encode, padding};
 
 /// Compression of a stored layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,13 +99,13 @@ impl<'a> LayoutBuilder<'a> {
         let mut tar = Vec::new();
         for (path, mode, file) in files {
             let (kind, data) = match file {
-                MemoryFile::File(data) => (Kind::File, data.as_slice()),
-                MemoryFile::Directory => (Kind::Directory, &b""[..]),
-                MemoryFile::Symlink(target) => (Kind::Symlink(target.clone()), &b""[..]),
-                MemoryFile::Hardlink(target) => (Kind::Hardlink(target.clone()), &b""[..]),
+                MemoryFile::File(data) => (TarKind::File, data.as_slice()),
+                MemoryFile::Directory => (TarKind::Directory, &b""[..]),
+                MemoryFile::Symlink(target) => (TarKind::Symlink(target.clone()), &b""[..]),
+                MemoryFile::Hardlink(target) => (TarKind::Hardlink(target.clone()), &b""[..]),
             };
             let size = data.len() as u64;
-            tar.extend_from_slice(&encode(&Header {
+            tar.extend_from_slice(&encode(&TarHeader {
                 path: path.as_bytes().to_vec(),
                 kind,
                 mode: *mode,

@@ -21,7 +21,7 @@ use crate::index::{
 use crate::limits::Limits;
 use crate::pipeline::{self, Decoders, Measured};
 use crate::skeleton::Tap;
-use crate::tar::{Header, Kind, MAX_PATH, Reader, TarError};
+use sm_tar::{MAX_PATH, TarError, TarHeader, TarKind, TarReader};
 
 /// Maximum length of a directory entry's name (Linux `NAME_MAX`).
 const MAX_NAME: usize = 255;
@@ -193,7 +193,7 @@ fn write(
     let unwritable = |error| unwritable(layer, &error);
     let tap = Tap::new(stream, files.skeleton).map_err(unwritable)?;
     let mut writer = LayerWriter {
-        reader: Reader::new(tap),
+        reader: TarReader::new(tap),
         blob: match dry {
             true => BlobWriter::dry(files.blob),
             false => BlobWriter::new(files.blob),
@@ -243,7 +243,7 @@ fn write_failure(error: &io::Error) -> Cause {
 
 /// The state of converting a tar stream to a layer's files.
 struct LayerWriter<'f, R> {
-    reader: Reader<Tap<'f, R>>,
+    reader: TarReader<Tap<'f, R>>,
     blob: BlobWriter<'f>,
     small: SmallWriter<'f>,
     index: IndexWriter<'f>,
@@ -264,8 +264,8 @@ impl<R: Read> LayerWriter<'_, R> {
             reason,
         };
         let tar_error = |error: TarError| match error.entry {
-            Some(path) => refuse(&path, error.reason),
-            None => whole(error.reason),
+            Some(path) => refuse(&path, error.reason.into()),
+            None => whole(error.reason.into()),
         };
         while let Some(header) = self.reader.next_entry().map_err(tar_error)? {
             limits
@@ -278,7 +278,7 @@ impl<R: Read> LayerWriter<'_, R> {
     }
 
     /// Writes an entry to the index, and its data to the blob or the small files.
-    fn entry(&mut self, header: &Header) -> Result<(), Cause> {
+    fn entry(&mut self, header: &TarHeader) -> Result<(), Cause> {
         let path = normalize(&header.path)?;
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
         if name.starts_with(WHITEOUT) {
@@ -289,7 +289,7 @@ impl<R: Read> LayerWriter<'_, R> {
         }
         let target;
         let kind = match &header.kind {
-            Kind::File => {
+            TarKind::File => {
                 let location = self.contents(header).map_err(|error| match error.kind() {
                     io::ErrorKind::UnexpectedEof => "the layer is truncated here".into(),
                     _ => Cause::of(&error),
@@ -299,19 +299,19 @@ impl<R: Read> LayerWriter<'_, R> {
                     size: header.size,
                 }
             }
-            Kind::Directory => EntryKind::Directory,
-            Kind::Symlink(target) if target.is_empty() => {
+            TarKind::Directory => EntryKind::Directory,
+            TarKind::Symlink(target) if target.is_empty() => {
                 return Err("it is a symbolic link without a target".into());
             }
-            Kind::Symlink(target) => EntryKind::Symlink(target),
-            Kind::Hardlink(linked) => {
+            TarKind::Symlink(target) => EntryKind::Symlink(target),
+            TarKind::Hardlink(linked) => {
                 target = normalize(linked)
                     .map_err(|reason| format!("it is a hard link, and {reason}"))?;
                 EntryKind::Hardlink(&target)
             }
-            Kind::CharDevice(major, minor) => EntryKind::CharDevice(*major, *minor),
-            Kind::BlockDevice(major, minor) => EntryKind::BlockDevice(*major, *minor),
-            Kind::Fifo => EntryKind::Fifo,
+            TarKind::CharDevice(major, minor) => EntryKind::CharDevice(*major, *minor),
+            TarKind::BlockDevice(major, minor) => EntryKind::BlockDevice(*major, *minor),
+            TarKind::Fifo => EntryKind::Fifo,
         };
         if path.is_empty() && kind != EntryKind::Directory {
             return Err("the root of the file system is not a directory".into());
@@ -346,7 +346,7 @@ impl<R: Read> LayerWriter<'_, R> {
     }
 
     /// Moves a file's data to the blob or the small files.
-    fn contents(&mut self, header: &Header) -> io::Result<ContentLocation> {
+    fn contents(&mut self, header: &TarHeader) -> io::Result<ContentLocation> {
         let before = self.blob.position().saturating_add(self.small.position());
         self.limits
             .check_contents(before.saturating_add(header.size))?;

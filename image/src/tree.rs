@@ -20,7 +20,7 @@ use crate::error::{Cause, ErrorKind};
 use crate::index::{ContentLocation, Entry, EntryKind, IndexReader, Meta, Xattrs, encode_xattrs};
 use crate::layer::check_xattrs;
 use crate::limits::Limits;
-use crate::tar::device_in_range;
+use sm_tar::device_in_range;
 
 /// Index of an inode.
 pub(crate) type InodeId = u32;

@@ -149,6 +149,15 @@ impl From<io::Error> for Cause {
     }
 }
 
+impl From<sm_tar::TarReason> for Cause {
+    fn from(reason: sm_tar::TarReason) -> Self {
+        match reason {
+            sm_tar::TarReason::Io(error) => Self::of(&error),
+            other => other.to_string().into(),
+        }
+    }
+}
+
 impl From<serde_json::Error> for Cause {
     fn from(error: serde_json::Error) -> Self {
         error.to_string().into()

@@ -17,8 +17,8 @@ use crate::layer::{self, Expected, LayerFiles};
 use crate::limits::Limits;
 use crate::pipeline::Decoders;
 use crate::skeleton::Assembler;
-use crate::tar::{END, Header, Kind, Reader, encode, padding};
 use crate::tree::Tree;
+use sm_tar::{END, TarHeader, TarKind, TarReader, encode, padding};
 
 /// Limits that are small enough for a fuzzer to reach.
 const LIMITS: Limits = Limits {
@@ -79,7 +79,7 @@ pub fn layer(data: &[u8]) {
 
 /// Parses `data` as a tar archive.
 pub fn tar(data: &[u8]) {
-    let mut reader = Reader::new(data);
+    let mut reader = TarReader::new(data);
     while let Ok(Some(header)) = reader.next_entry() {
         // Half of the data is read, the rest skipped.
         let mut some = vec![0; usize::try_from(header.size / 2).unwrap_or(0).min(4096)];
@@ -93,9 +93,9 @@ pub fn tar(data: &[u8]) {
 /// Only if the parser panics.
 pub fn pax(data: &[u8]) {
     for kind in [b'x', b'g'] {
-        let file = |size: usize| Header {
+        let file = |size: usize| TarHeader {
             path: b"file".to_vec(),
-            kind: Kind::File,
+            kind: TarKind::File,
             mode: 0o644,
             uid: 0,
             gid: 0,

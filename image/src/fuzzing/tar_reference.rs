@@ -10,6 +10,7 @@
 mod references;
 mod streams;
 
+use sm_tar::{TarHeader, TarKind, TarReader};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -18,7 +19,6 @@ use std::ops::Range;
 
 use self::references::{Line, Listing, gnu, printable, python};
 use self::streams::Contents;
-use crate::tar::{Header, Kind, Reader};
 
 /// Number of intact archives in one run, and of damaged ones.
 const ARCHIVES: u64 = 500;
@@ -69,7 +69,7 @@ const SAME_AS_GO: &[(u64, &str)] = &[
 const OTHER: &str = "other entries than both";
 
 fn ours(archive: &[u8]) -> Listing {
-    let mut reader = Reader::new(archive);
+    let mut reader = TarReader::new(archive);
     let mut lines = Vec::new();
     loop {
         let header = match reader.next_entry() {
@@ -81,15 +81,15 @@ fn ours(archive: &[u8]) -> Listing {
     }
 }
 
-fn line(header: &Header, reader: &mut Reader<&[u8]>) -> Result<Line, String> {
+fn line(header: &TarHeader, reader: &mut TarReader<&[u8]>) -> Result<Line, String> {
     let (kind, link) = match &header.kind {
-        Kind::File => ('-', &[][..]),
-        Kind::Directory => ('d', &[][..]),
-        Kind::Symlink(link) => ('l', link.as_slice()),
-        Kind::Hardlink(link) => ('h', link.as_slice()),
-        Kind::CharDevice(..) => ('c', &[][..]),
-        Kind::BlockDevice(..) => ('b', &[][..]),
-        Kind::Fifo => ('p', &[][..]),
+        TarKind::File => ('-', &[][..]),
+        TarKind::Directory => ('d', &[][..]),
+        TarKind::Symlink(link) => ('l', link.as_slice()),
+        TarKind::Hardlink(link) => ('h', link.as_slice()),
+        TarKind::CharDevice(..) => ('c', &[][..]),
+        TarKind::BlockDevice(..) => ('b', &[][..]),
+        TarKind::Fifo => ('p', &[][..]),
     };
     let mut data = Vec::new();
     if kind == '-' && header.size < 1 << 20 {

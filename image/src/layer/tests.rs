@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::index::IndexReader;
 use crate::skeleton::Assembler;
-use crate::tar::{END, encode, padding};
+use sm_tar::{END, encode, padding};
 
 /// The files of a layer.
 struct Files {
@@ -297,9 +297,9 @@ fn zeros_take_no_space() {
 fn stream(files: &[(String, Vec<u8>)], xattrs: usize, trailing: usize) -> Vec<u8> {
     let mut tar = Vec::new();
     for (path, data) in files {
-        tar.extend(encode(&Header {
+        tar.extend(encode(&TarHeader {
             path: path.clone().into_bytes(),
-            kind: Kind::File,
+            kind: TarKind::File,
             mode: 0o600,
             uid: 5,
             gid: 1 << 30,

@@ -10,7 +10,7 @@ use super::{Files, Session, spool};
 use crate::Error;
 use crate::error::{Cause, ErrorKind};
 use crate::reference::Reference;
-use crate::tar::{Header, Kind, Reader};
+use sm_tar::{TarHeader, TarKind, TarReader};
 
 /// Maximum number of files in an archive.
 const MAX_FILES: usize = 100_000;
@@ -76,7 +76,7 @@ fn list(file: &mut File) -> Result<HashMap<String, ArchiveItem>, Cause> {
     let mut items = HashMap::new();
     let mut names = 0;
     file.seek(SeekFrom::Start(0)).map_err(text)?;
-    let mut reader = Reader::new(BufReader::new(&*file));
+    let mut reader = TarReader::new(BufReader::new(&*file));
     while let Some(header) = reader.next_entry().map_err(|error| error.reason)? {
         let listed = item(&header, reader.position());
         reader.seek_over_data(len).map_err(|error| error.reason)?;
@@ -100,7 +100,7 @@ fn list(file: &mut File) -> Result<HashMap<String, ArchiveItem>, Cause> {
 
 /// Converts a header to a file or link; `None` for an entry that no document of an image
 /// can name.
-fn item(header: &Header, offset: u64) -> Option<(String, ArchiveItem)> {
+fn item(header: &TarHeader, offset: u64) -> Option<(String, ArchiveItem)> {
     let short = |bytes: &[u8]| bytes.len() <= MAX_NAME;
     let name = std::str::from_utf8(&header.path).ok();
     let name = join("", name.filter(|name| short(name.as_bytes()))?);
@@ -110,12 +110,12 @@ fn item(header: &Header, offset: u64) -> Option<(String, ArchiveItem)> {
         Some(ArchiveItem::Link(join(from, target)))
     };
     let item = match &header.kind {
-        Kind::File => ArchiveItem::File {
+        TarKind::File => ArchiveItem::File {
             offset,
             size: header.size,
         },
-        Kind::Symlink(target) => link(&name, target)?,
-        Kind::Hardlink(target) => link("", target)?,
+        TarKind::Symlink(target) => link(&name, target)?,
+        TarKind::Hardlink(target) => link("", target)?,
         _ => return None,
     };
     Some((name, item))

@@ -10,7 +10,7 @@ use crate::config::ImageConfig;
 use crate::digest::{Digest, HashingReader};
 use crate::documents::check_platform;
 use crate::platform::Platform;
-use crate::tar::DirectoryTar;
+use sm_tar::DirectoryTar;
 
 /// A directory. Its tar stream, and so its digest, depends only on its contents.
 pub(crate) struct Directory(PathBuf);

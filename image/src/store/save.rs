@@ -15,7 +15,7 @@ use crate::Error;
 use crate::digest::{Digest, HashingReader};
 use crate::docker_reference::DockerReference;
 use crate::documents::{FULL_NAME, REF_NAME};
-use crate::tar::{END, Header, Kind, encode, padding};
+use sm_tar::{END, TarHeader, TarKind, encode, padding};
 
 /// An item of `manifest.json`.
 #[derive(Serialize)]
@@ -151,9 +151,9 @@ impl ArchiveWriter<'_> {
     }
 
     fn stream(&mut self, path: &str, size: u64, contents: &mut dyn Read) -> Result<(), Error> {
-        let header = encode(&Header {
+        let header = encode(&TarHeader {
             path: path.as_bytes().to_vec(),
-            kind: Kind::File,
+            kind: TarKind::File,
             mode: 0o644,
             uid: 0,
             gid: 0,

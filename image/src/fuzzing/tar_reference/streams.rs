@@ -1,6 +1,6 @@
 //! Random tar streams, intact and damaged, generated from seeds.
 
-use crate::tar::END;
+use sm_tar::END;
 
 /// The SplitMix64 generator.
 pub(super) struct Random(u64);

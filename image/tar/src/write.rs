@@ -1,6 +1,6 @@
 //! Writing of tar headers: ustar, with pax records for values that do not fit.
 
-use super::{BLOCK, Header, Kind};
+use super::{BLOCK, TarHeader, TarKind};
 
 /// Maximum value of an eleven-digit octal field (sizes and times).
 const MAX_OCTAL_11: u64 = 0o77_777_777_777;
@@ -8,31 +8,31 @@ const MAX_OCTAL_11: u64 = 0o77_777_777_777;
 const MAX_OCTAL_7: u64 = 0o7_777_777;
 
 /// The two zero blocks at the end of an archive.
-pub(crate) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
+pub const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 /// Returns the number of padding bytes after `size` bytes of data.
-pub(crate) fn padding(size: u64) -> usize {
+pub fn padding(size: u64) -> usize {
     let excess = usize::try_from(size % BLOCK as u64).unwrap_or(0);
     (BLOCK - excess) % BLOCK
 }
 
 /// Encodes the header of an entry that is not sparse, preceded by pax records.
-pub(crate) fn encode(header: &Header) -> Vec<u8> {
+pub fn encode(header: &TarHeader) -> Vec<u8> {
     let mut records = Vec::new();
     let mut block = [0; BLOCK];
     let mut path = header.path.clone();
-    if header.kind == Kind::Directory && !path.ends_with(b"/") {
+    if header.kind == TarKind::Directory && !path.ends_with(b"/") {
         path.push(b'/');
     }
     put_text(&mut block, 0, &path, "path", &mut records);
     let (flag, link, device) = match &header.kind {
-        Kind::File => (b'0', None, None),
-        Kind::Hardlink(target) => (b'1', Some(target), None),
-        Kind::Symlink(target) => (b'2', Some(target), None),
-        Kind::CharDevice(major, minor) => (b'3', None, Some((major, minor))),
-        Kind::BlockDevice(major, minor) => (b'4', None, Some((major, minor))),
-        Kind::Directory => (b'5', None, None),
-        Kind::Fifo => (b'6', None, None),
+        TarKind::File => (b'0', None, None),
+        TarKind::Hardlink(target) => (b'1', Some(target), None),
+        TarKind::Symlink(target) => (b'2', Some(target), None),
+        TarKind::CharDevice(major, minor) => (b'3', None, Some((major, minor))),
+        TarKind::BlockDevice(major, minor) => (b'4', None, Some((major, minor))),
+        TarKind::Directory => (b'5', None, None),
+        TarKind::Fifo => (b'6', None, None),
     };
     if let Some(target) = link {
         put_text(&mut block, 157, target, "linkpath", &mut records);
@@ -137,19 +137,19 @@ fn time((seconds, nanos): (i64, u32)) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Reader;
+    use super::super::TarReader;
     use super::*;
 
-    fn kind() -> impl Strategy<Value = Kind> {
+    fn kind() -> impl Strategy<Value = TarKind> {
         let target = prop::collection::vec(1u8.., 1..300);
         prop_oneof![
-            Just(Kind::File),
-            Just(Kind::Directory),
-            Just(Kind::Fifo),
-            target.clone().prop_map(Kind::Symlink),
-            target.prop_map(Kind::Hardlink),
-            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| Kind::CharDevice(a, b)),
-            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| Kind::BlockDevice(a, b)),
+            Just(TarKind::File),
+            Just(TarKind::Directory),
+            Just(TarKind::Fifo),
+            target.clone().prop_map(TarKind::Symlink),
+            target.prop_map(TarKind::Hardlink),
+            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| TarKind::CharDevice(a, b)),
+            (0u32..1 << 12, 0u32..1 << 20).prop_map(|(a, b)| TarKind::BlockDevice(a, b)),
         ]
     }
 
@@ -162,7 +162,7 @@ mod tests {
             mtime in (any::<i32>().prop_map(i64::from), 0u32..1_000_000_000),
             xattrs in prop::collection::btree_map("[a-z.]{1,20}", any::<Vec<u8>>(), 0..3),
         ) {
-            let mut header = Header {
+            let mut header = TarHeader {
                 path, kind, mode, uid, gid, mtime,
                 size: 0,
                 sparse: None,
@@ -170,8 +170,8 @@ mod tests {
             };
             let mut bytes = encode(&header);
             bytes.extend_from_slice(&END);
-            let read = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
-            if header.kind == Kind::Directory {
+            let read = TarReader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+            if header.kind == TarKind::Directory {
                 header.path.push(b'/');
             }
             prop_assert_eq!(read, header);

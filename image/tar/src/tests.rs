@@ -26,7 +26,7 @@ fn entries_and_their_data_are_read() {
         append(b, "a", b"hello");
         append(b, &long, &[7; 1000]);
     });
-    let mut reader = Reader::new(bytes.as_slice());
+    let mut reader = TarReader::new(bytes.as_slice());
     let first = reader.next_entry().unwrap().unwrap();
     assert_eq!((first.path.as_slice(), first.size), (&b"a"[..], 5));
     assert_eq!((first.mode, first.uid, first.gid), (0o4755, 1000, 2000));
@@ -51,7 +51,10 @@ fn pax_headers_override() {
         b.append_pax_extensions(records).unwrap();
         append(b, "x", b"");
     });
-    let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+    let header = TarReader::new(bytes.as_slice())
+        .next_entry()
+        .unwrap()
+        .unwrap();
     assert_eq!(header.path, "ä".as_bytes());
     assert_eq!((header.mtime, header.uid), ((1, 500_000_000), 3_000_000));
     assert_eq!(
@@ -71,7 +74,7 @@ fn times_before_the_epoch_count_forward() {
 fn truncation_and_damage_are_errors() {
     let bytes = archive(|b| append(b, "a", &[1; 2000]));
     for len in [100, 512, 700, 2000] {
-        let mut reader = Reader::new(&bytes[..len]);
+        let mut reader = TarReader::new(&bytes[..len]);
         let result = (|| {
             while reader.next_entry()?.is_some() {
                 io::copy(&mut reader, &mut io::sink())?;
@@ -85,7 +88,7 @@ fn truncation_and_damage_are_errors() {
     }
     let mut damaged = bytes;
     damaged[3] ^= 1;
-    assert!(Reader::new(damaged.as_slice()).next_entry().is_err());
+    assert!(TarReader::new(damaged.as_slice()).next_entry().is_err());
 }
 
 #[test]
@@ -97,7 +100,7 @@ fn the_last_padding_may_be_left_out() {
     let end = 1024 + 512 + 2000;
     for len in [end, end + 1, end + 47, end + 48] {
         for read in [true, false] {
-            let mut reader = Reader::new(&bytes[..len]);
+            let mut reader = TarReader::new(&bytes[..len]);
             let mut count = 0;
             while reader.next_entry().unwrap().is_some() {
                 count += 1;
@@ -131,7 +134,7 @@ fn the_last_attribute_of_a_name_counts() {
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..3000)) {
-        let mut reader = Reader::new(bytes.as_slice());
+        let mut reader = TarReader::new(bytes.as_slice());
         while let Ok(Some(_)) = reader.next_entry() {}
     }
 
@@ -143,7 +146,7 @@ proptest! {
         });
         let at = at % bytes.len();
         bytes[at] = to;
-        let mut reader = Reader::new(bytes.as_slice());
+        let mut reader = TarReader::new(bytes.as_slice());
         while let Ok(Some(_)) = reader.next_entry() {}
     }
 }
@@ -167,8 +170,8 @@ fn raw(path: &str, kind: u8, size: u64, change: impl FnOnce(&mut [u8])) -> Vec<u
 }
 
 /// Returns paths and types of a stream's entries.
-fn listed(bytes: &[u8]) -> Result<Vec<(String, Kind)>, String> {
-    let mut reader = Reader::new(bytes);
+fn listed(bytes: &[u8]) -> Result<Vec<(String, TarKind)>, String> {
+    let mut reader = TarReader::new(bytes);
     let mut entries = Vec::new();
     while let Some(header) = reader
         .next_entry()
@@ -188,7 +191,7 @@ fn only_files_have_data() {
         let seen = listed(&bytes).unwrap();
         let kind = char::from(kind);
         assert_eq!(seen.len(), 2, "type {kind}");
-        assert_eq!(seen[1], ("second".to_owned(), Kind::File), "type {kind}");
+        assert_eq!(seen[1], ("second".to_owned(), TarKind::File), "type {kind}");
     }
     let sized: [(&str, &[u8]); 1] = [("size", b"1024")];
     let mut bytes = archive(|b| b.append_pax_extensions(sized).unwrap());
@@ -200,7 +203,7 @@ fn only_files_have_data() {
 
 #[test]
 fn a_slash_makes_a_directory_of_the_oldest_type_only() {
-    for (kind, expected) in [(0, Kind::Directory), (b'0', Kind::File)] {
+    for (kind, expected) in [(0, TarKind::Directory), (b'0', TarKind::File)] {
         let mut bytes = raw("d/", kind, 512, |_| ());
         // The block is the data of a file, or the header after a directory.
         bytes.extend(raw("f", b'0', 0, |_| ()));
@@ -216,7 +219,10 @@ fn global_headers_apply_to_nothing() {
     bytes.extend(*b"13 uid=10001\n");
     bytes.resize(1024, 0);
     bytes.extend(raw("f", b'0', 0, |_| ()));
-    let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+    let header = TarReader::new(bytes.as_slice())
+        .next_entry()
+        .unwrap()
+        .unwrap();
     assert_eq!((header.path.as_slice(), header.uid), (&b"f"[..], 0));
     // Invalid values are ignored as well.
     bytes[512..525].copy_from_slice(b"13 uid=-1000\n");
@@ -271,12 +277,18 @@ fn zeros_and_blanks_before_a_number_are_skipped_in_any_order() {
         let bytes = raw("f", b'0', 0, |header| {
             header[100..108].copy_from_slice(text)
         });
-        let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+        let header = TarReader::new(bytes.as_slice())
+            .next_entry()
+            .unwrap()
+            .unwrap();
         assert_eq!(header.mode, 0o755, "{text:?}");
     }
     let time = |header: &mut [u8]| header[136..148].copy_from_slice(b"\x003000000000\0");
     let bytes = raw("f", b'0', 0, time);
-    let header = Reader::new(bytes.as_slice()).next_entry().unwrap().unwrap();
+    let header = TarReader::new(bytes.as_slice())
+        .next_entry()
+        .unwrap()
+        .unwrap();
     assert_eq!(header.mtime, (0o3_000_000_000, 0));
 }
 
@@ -298,7 +310,7 @@ fn gnu_names_have_the_size_that_their_header_states() {
     let listed = listed(&bytes).unwrap();
     assert_eq!(
         listed,
-        [("long/lo".to_owned(), Kind::Symlink(b"target".to_vec()))]
+        [("long/lo".to_owned(), TarKind::Symlink(b"target".to_vec()))]
     );
     // An empty one is none.
     for empty in [&b""[..], &[0; 512]] {
@@ -308,7 +320,7 @@ fn gnu_names_have_the_size_that_their_header_states() {
         ]
         .concat();
         let listed = self::listed(&bytes).unwrap();
-        assert_eq!(listed, [("short".to_owned(), Kind::Directory)]);
+        assert_eq!(listed, [("short".to_owned(), TarKind::Directory)]);
     }
 }
 

@@ -1,77 +1,130 @@
-//! A tar reader for untrusted input: ustar, pax and GNU long names.
+//! Reading, writing and extracting tar archives: ustar, pax and GNU long names.
 //!
-//! The reader is strict where leniency could be exploited: a header's checksum must be
-//! right, a stream must not end inside an entry, and extended headers are limited. Where
-//! other readers differ, it behaves like Go's `archive/tar`, which Docker and containerd
-//! use.
+//! [`TarReader`] is for untrusted input. It is strict where leniency could be exploited: a
+//! header's checksum must be right, a stream must not end inside an entry, and extended
+//! headers are limited. Where other readers differ, it behaves like Go's `archive/tar`,
+//! which Docker and containerd use.
+//!
+//! [`ExtractOptions::extract`] creates the files of an archive of untrusted origin below a
+//! directory, which it never leaves. [`TarWriter`] writes archives of files of the host;
+//! [`DirectoryTar`] is the same as a reader, for one directory.
+//!
+//! Architecture invariant: memory does not grow with an archive, except with the number of
+//! its files that have several names.
+#![warn(missing_docs)]
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+mod describe;
 mod directory;
+mod extract;
 mod number;
 mod pax;
 mod sparse;
 mod write;
+mod writer;
 
 use std::io::{self, Read};
 
-pub(crate) use directory::DirectoryTar;
-use number::{number, signed, small};
-use pax::{Extended, by_name, pax_record};
-use sparse::{PaxSparse, SparseMap};
-pub(crate) use write::{END, encode, padding};
+use thiserror::Error;
 
-use crate::error::Cause;
+pub use self::directory::DirectoryTar;
+pub use self::extract::{ExtractOptions, Extracted, ExtractionError, XattrPolicy};
+use self::number::{number, signed, small};
+use self::pax::{Extended, by_name, pax_record};
+use self::sparse::{PaxSparse, SparseMap};
+pub use self::write::{END, encode, padding};
+pub use self::writer::TarWriter;
 
 const BLOCK: usize = 512;
 /// Maximum size of an extended header in bytes.
 const MAX_EXTENDED: u64 = 1 << 20;
 /// Maximum length of a path or link target in bytes (Linux `PATH_MAX` without the zero).
-pub(crate) const MAX_PATH: usize = 4095;
+pub const MAX_PATH: usize = 4095;
 /// Maximum number of consecutive extended headers.
 const MAX_HEADERS: u32 = 8;
 
 /// Type of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum TarKind {
+    /// A regular file.
     File,
+    /// A directory.
     Directory,
+    /// A symbolic link to this target.
     Symlink(Vec<u8>),
+    /// A hard link to the entry with this path.
     Hardlink(Vec<u8>),
+    /// A character device: major and minor number.
     CharDevice(u32, u32),
+    /// A block device: major and minor number.
     BlockDevice(u32, u32),
+    /// A named pipe.
     Fifo,
 }
 
-/// Header of an entry.
+/// TarHeader of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    pub(crate) path: Vec<u8>,
-    pub(crate) kind: Kind,
+pub struct TarHeader {
+    /// Path, as in the archive.
+    pub path: Vec<u8>,
+    /// Type, with the data that depends on it.
+    pub kind: TarKind,
     /// Permission bits.
-    pub(crate) mode: u16,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
+    pub mode: u16,
+    /// Numeric owner.
+    pub uid: u32,
+    /// Numeric group.
+    pub gid: u32,
     /// Seconds since the epoch and nanoseconds.
-    pub(crate) mtime: (i64, u32),
-    pub(crate) size: u64,
+    pub mtime: (i64, u32),
+    /// Size of the contents in bytes; 0 if it is no file.
+    pub size: u64,
     /// For a sparse file: offset and length of each part with data, in order. The data of
     /// all parts is contiguous in the archive.
-    pub(crate) sparse: Option<Vec<(u64, u64)>>,
-    /// Sorted by name, each name once.
-    pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub sparse: Option<Vec<(u64, u64)>>,
+    /// Extended attributes, sorted by name, each name once.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// The reason why a stream is not a valid tar archive. `entry` is the path, if known.
-#[derive(Debug)]
-pub(crate) struct TarError {
-    pub(crate) entry: Option<Vec<u8>>,
-    pub(crate) reason: Cause,
+/// The reason why a stream is not a valid tar archive.
+#[derive(Debug, Error)]
+#[error("{}{reason}", prefix(.entry.as_deref()))]
+pub struct TarError {
+    /// Path of the entry, if it is known.
+    pub entry: Option<Vec<u8>>,
+    /// The reason.
+    pub reason: TarReason,
+}
+
+fn prefix(entry: Option<&[u8]>) -> String {
+    entry.map_or_else(String::new, |entry| format!("{}: ", shown(entry)))
+}
+
+/// Returns the text for a path of an archive, which may have any bytes.
+fn shown(path: &[u8]) -> String {
+    format!("{:?}", String::from_utf8_lossy(path))
+}
+
+/// The reason of a [`TarError`].
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TarReason {
+    /// The archive is malformed, or exceeds a limit; a clause about it.
+    #[error("{0}")]
+    Malformed(String),
+    /// The stream cannot be read.
+    #[error(transparent)]
+    Io(io::Error),
 }
 
 impl From<io::Error> for TarError {
     fn from(error: io::Error) -> Self {
         let reason = match error.kind() {
-            io::ErrorKind::UnexpectedEof => "it is truncated".into(),
-            _ => Cause::of(&error),
+            io::ErrorKind::UnexpectedEof => TarReason::Malformed("it is truncated".to_owned()),
+            _ => TarReason::Io(error),
         };
         Self {
             entry: None,
@@ -80,15 +133,15 @@ impl From<io::Error> for TarError {
     }
 }
 
-fn invalid(reason: impl Into<Cause>) -> TarError {
+fn invalid(reason: impl Into<String>) -> TarError {
     TarError {
         entry: None,
-        reason: reason.into(),
+        reason: TarReason::Malformed(reason.into()),
     }
 }
 
 /// Reader of the entries of a stream.
-pub(crate) struct Reader<R> {
+pub struct TarReader<R> {
     inner: R,
     /// Number of unread bytes of the current entry's data, and of the padding after it.
     left: u64,
@@ -97,8 +150,9 @@ pub(crate) struct Reader<R> {
     position: u64,
 }
 
-impl<R: Read> Reader<R> {
-    pub(crate) fn new(inner: R) -> Self {
+impl<R: Read> TarReader<R> {
+    /// Creates a reader of the archive in `inner`.
+    pub fn new(inner: R) -> Self {
         Self {
             inner,
             left: 0,
@@ -108,29 +162,35 @@ impl<R: Read> Reader<R> {
     }
 
     /// Returns the underlying stream.
-    pub(crate) fn stream(&mut self) -> &mut R {
+    pub fn stream(&mut self) -> &mut R {
         &mut self.inner
     }
 
-    pub(crate) fn into_stream(self) -> R {
+    /// Returns the underlying stream.
+    pub fn into_stream(self) -> R {
         self.inner
     }
 
     /// Reads the stream to its end and returns its length.
-    pub(crate) fn drain(&mut self) -> io::Result<u64> {
+    ///
+    /// # Errors
+    /// The stream cannot be read.
+    pub fn drain(&mut self) -> io::Result<u64> {
         self.position += io::copy(&mut self.inner, &mut io::sink())?;
         Ok(self.position)
     }
 
     /// Returns the offset of the next byte in the stream.
-    #[cfg(feature = "archive")]
-    pub(crate) fn position(&self) -> u64 {
+    pub fn position(&self) -> u64 {
         self.position
     }
 
     /// Reads the next entry. Its data is then read from the reader itself; unread data of
     /// the previous entry is skipped.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
+    ///
+    /// # Errors
+    /// The archive is malformed, exceeds a limit, or cannot be read.
+    pub fn next_entry(&mut self) -> Result<Option<TarHeader>, TarError> {
         self.skip_rest()?;
         let mut extended = Extended::default();
         // GNU long names take precedence over those of pax headers.
@@ -171,8 +231,10 @@ impl<R: Read> Reader<R> {
 
     /// Skips unread data of the current entry by seeking. The whole stream has `len`
     /// bytes.
-    #[cfg(feature = "archive")]
-    pub(crate) fn seek_over_data(&mut self, len: u64) -> Result<(), TarError>
+    ///
+    /// # Errors
+    /// The data is longer than the stream, or the stream cannot be positioned.
+    pub fn seek_over_data(&mut self, len: u64) -> Result<(), TarError>
     where
         R: io::Seek,
     {
@@ -194,7 +256,7 @@ impl<R: Read> Reader<R> {
         kind: u8,
         size: u64,
         mut extended: Extended,
-    ) -> Result<Header, TarError> {
+    ) -> Result<TarHeader, TarError> {
         let path = extended
             .sparse
             .name
@@ -202,7 +264,7 @@ impl<R: Read> Reader<R> {
             .or(extended.path.take())
             .unwrap_or_else(|| ustar_path(block));
         match self.entry_of(block, kind, size, extended, &path) {
-            Ok(header) => Ok(Header { path, ..header }),
+            Ok(header) => Ok(TarHeader { path, ..header }),
             Err(error) => Err(TarError {
                 entry: Some(path),
                 ..error
@@ -218,7 +280,7 @@ impl<R: Read> Reader<R> {
         size: u64,
         extended: Extended,
         path: &[u8],
-    ) -> Result<Header, TarError> {
+    ) -> Result<TarHeader, TarError> {
         if path.len() > MAX_PATH {
             return Err(invalid("its path is longer than 4095 bytes"));
         }
@@ -227,7 +289,7 @@ impl<R: Read> Reader<R> {
             None => (signed(field(block, 136, 12))?, 0),
         };
         let mode = small(field(block, 100, 8))? & 0o7777;
-        let mut header = Header {
+        let mut header = TarHeader {
             kind: read_kind(block, kind, path, &extended)?,
             mode: u16::try_from(mode).unwrap_or(0),
             uid: extended
@@ -244,10 +306,10 @@ impl<R: Read> Reader<R> {
         };
         // Only files have data, even if the size of another entry is not 0.
         let data = match header.kind {
-            Kind::File => extended.size.unwrap_or(size),
+            TarKind::File => extended.size.unwrap_or(size),
             _ => 0,
         };
-        if header.kind == Kind::File {
+        if header.kind == TarKind::File {
             let map = self.sparse_map(block, kind, extended.sparse, data)?;
             match map {
                 Some(map) => {
@@ -386,7 +448,7 @@ impl<R: Read> Reader<R> {
 }
 
 /// Reads the current entry's data.
-impl<R: Read> Read for Reader<R> {
+impl<R: Read> Read for TarReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.by_ref().take(self.left).read(buffer)?;
         if count == 0 && self.left > 0 && !buffer.is_empty() {
@@ -434,7 +496,10 @@ fn check_device(major: u32, minor: u32) -> Result<(), TarError> {
 
 /// Checks that a device number fits Linux's 12 and 20 bits. Truncation would produce the
 /// number of another device.
-pub(crate) fn device_in_range(major: u32, minor: u32) -> Result<(), String> {
+///
+/// # Errors
+/// It does not fit; a clause.
+pub fn device_in_range(major: u32, minor: u32) -> Result<(), String> {
     match major < 1 << 12 && minor < 1 << 20 {
         true => Ok(()),
         false => Err(format!("its device number {major}:{minor} is out of range")),
@@ -460,7 +525,7 @@ fn read_kind(
     kind: u8,
     path: &[u8],
     extended: &Extended,
-) -> Result<Kind, TarError> {
+) -> Result<TarKind, TarError> {
     let link = || {
         let link = extended
             .link
@@ -478,14 +543,14 @@ fn read_kind(
     };
     Ok(match kind {
         // Before POSIX, a directory was a file whose name ends in a slash.
-        0 if path.ends_with(b"/") => Kind::Directory,
-        b'0' | 0 | b'7' | b'S' => Kind::File,
-        b'1' => Kind::Hardlink(link()?),
-        b'2' => Kind::Symlink(link()?),
-        b'3' => device().map(|(major, minor)| Kind::CharDevice(major, minor))?,
-        b'4' => device().map(|(major, minor)| Kind::BlockDevice(major, minor))?,
-        b'5' => Kind::Directory,
-        b'6' => Kind::Fifo,
+        0 if path.ends_with(b"/") => TarKind::Directory,
+        b'0' | 0 | b'7' | b'S' => TarKind::File,
+        b'1' => TarKind::Hardlink(link()?),
+        b'2' => TarKind::Symlink(link()?),
+        b'3' => device().map(|(major, minor)| TarKind::CharDevice(major, minor))?,
+        b'4' => device().map(|(major, minor)| TarKind::BlockDevice(major, minor))?,
+        b'5' => TarKind::Directory,
+        b'6' => TarKind::Fifo,
         other => {
             let text = format!("its type {:?} is not known", char::from(other));
             return Err(invalid(text));
