@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use serde::Serialize;
 use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, BULK_PAYLOAD, FrameHeader, FrameType, HEADER_LEN};
 
@@ -184,7 +185,7 @@ fn control_event(payload: &[u8]) -> Option<Event<'static>> {
         });
     }
     match serde_json::from_slice(payload) {
-        Ok(ExecReply::Started { pid }) => Some(Event::Started { pid }),
+        Ok(ExecReply::Started { pid, .. }) => Some(Event::Started { pid }),
         Ok(ExecReply::Hello(_)) => None,
         // A message of another version is skipped.
         Err(_) => None,
@@ -223,8 +224,8 @@ pub struct Aside {
 enum Command {
     /// The workload, through the control socket.
     Workload,
-    /// An exec, by its process identifier; 0 until it runs.
-    Exec(AtomicU32),
+    /// An exec, by its container and its process identifier, which is 0 until it runs.
+    Exec(ContainerId, AtomicU32),
 }
 
 impl Aside {
@@ -236,25 +237,25 @@ impl Aside {
         }
     }
 
-    /// Creates the path to an exec, through the VM's exec socket.
-    pub fn exec(exec: Endpoint) -> Self {
+    /// Creates the path to an exec in a container, through the VM's exec socket.
+    pub fn exec(exec: Endpoint, container: ContainerId) -> Self {
         Self {
             endpoint: exec,
-            command: Command::Exec(AtomicU32::new(0)),
+            command: Command::Exec(container, AtomicU32::new(0)),
         }
     }
 
     /// Sends a signal. `Ok(false)` when the path is not available: the command does not
     /// run yet, or the guest's agent predates the request.
     fn signal(&self, signal: u8) -> io::Result<bool> {
-        let pid = match &self.command {
+        let (container, pid) = match &self.command {
             Command::Workload => {
                 return Control::connect(&self.endpoint)
                     .and_then(|mut control| control.call(&ControlCall::Signal { signal }))
                     .map(|_| true)
                     .map_err(io::Error::other);
             }
-            Command::Exec(pid) => pid.load(Ordering::Relaxed),
+            Command::Exec(container, pid) => (container.clone(), pid.load(Ordering::Relaxed)),
         };
         if pid == 0 {
             return Ok(false);
@@ -269,7 +270,12 @@ impl Aside {
             protocol: PROTOCOL_VERSION,
         });
         let mut bytes = Vec::new();
-        for message in [hello, ExecControl::Signal { pid, signal }] {
+        let signal = ExecControl::Signal {
+            container,
+            pid,
+            signal,
+        };
+        for message in [hello, signal] {
             let json = serde_json::to_vec(&message)?;
             frame::encode(FrameType::Control, &json, &mut bytes).map_err(io::Error::other)?;
         }
@@ -306,7 +312,7 @@ pub struct SessionWriter {
 impl SessionWriter {
     /// Records the process identifier of the command when it starts.
     fn started(&self, pid: u32) {
-        if let Some(Command::Exec(known)) = self.aside.as_deref().map(|aside| &aside.command) {
+        if let Some(Command::Exec(_, known)) = self.aside.as_deref().map(|aside| &aside.command) {
             known.store(pid, Ordering::Relaxed);
         }
     }

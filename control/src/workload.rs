@@ -10,7 +10,7 @@ use crate::health::HealthCheck;
 use crate::signal;
 
 /// Docker's search path for images that set none.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Failure to combine an image's defaults and the caller's overrides into a command.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

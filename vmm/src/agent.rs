@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::Hello;
 use sm_guest_proto::frame::FrameType;
@@ -18,7 +19,7 @@ pub(crate) enum Purpose {
     Hello,
     /// Give the guest a new identity.
     Refresh,
-    /// Mount the root file system.
+    /// Create the container of the workload: mount its root file system.
     AttachRoot,
     /// Mount volumes and tmpfs.
     Mount,
@@ -65,14 +66,17 @@ const MAX_PENDING: usize = 256;
 #[derive(Debug)]
 pub(crate) struct AgentLink {
     pub(crate) conn: Conn,
+    /// The container of the VM's workload. Requests that concern one container name it.
+    container: ContainerId,
     pending: VecDeque<Purpose>,
 }
 
 impl AgentLink {
-    /// Takes over a stream and sends the hello.
-    pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
+    /// Takes over a stream and sends the hello. `container` is that of the VM's workload.
+    pub(crate) fn new(stream: UnixStream, container: ContainerId) -> io::Result<Self> {
         let mut link = Self {
             conn: Conn::new(stream)?,
+            container,
             pending: VecDeque::new(),
         };
         let hello = Hello {
@@ -96,8 +100,24 @@ impl AgentLink {
     /// Queues a signal for the workload's main process; `stop` marks the stop signal, and
     /// `number` a signal whose client waits for the answer.
     pub(crate) fn signal_main(&mut self, signal: u8, stop: bool, number: Option<u64>) {
-        let request = ControlRequest::SignalMain { signal, stop };
+        let request = ControlRequest::SignalMain {
+            container: self.container.clone(),
+            signal,
+            stop,
+        };
         self.send_request(Purpose::Signal { number }, &request);
+    }
+
+    /// Queues a request for the usage figures of guest and workload.
+    pub(crate) fn request_stats(&mut self, purpose: Purpose) {
+        let container = self.container.clone();
+        self.send_request(purpose, &ControlRequest::Stats { container });
+    }
+
+    /// Queues a request for the identity that the workload's processes see.
+    pub(crate) fn request_identity_report(&mut self, purpose: Purpose) {
+        let container = self.container.clone();
+        self.send_request(purpose, &ControlRequest::IdentityReport { container });
     }
 
     /// Returns the next reply that has arrived, if it answers a signal, and the number of

@@ -39,6 +39,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sm_control::exit::ExitRecord;
 use sm_control::launch::{LaunchRequest, VmmReport};
 use sm_control::timings::Phase;
+use sm_guest_proto::container::ContainerId;
 
 use self::clients::ConnectedClient;
 use self::health::Health;
@@ -159,6 +160,9 @@ pub(crate) struct Supervisor<G> {
     clients: BTreeMap<u64, ConnectedClient>,
     next_client: u64,
     agent: Option<AgentLink>,
+    /// The container of the workload, whose exit ends the VM.
+    container: ContainerId,
+    /// The stream of that container's main command.
     main: Option<Conn>,
     stage: SupervisorStage,
     /// Phases of the start, or of the last reset.
@@ -228,6 +232,7 @@ impl<G: GuestMachine> Supervisor<G> {
             clients: BTreeMap::new(),
             next_client: 0,
             agent: None,
+            container: ContainerId::default(),
             main: None,
             stage: SupervisorStage::Starting(Startup::AgentAwaited),
             phases: parts.request.phases.clone(),

@@ -2,6 +2,7 @@
 
 mod controls;
 mod exec;
+mod files;
 mod mounting;
 mod poweroff;
 mod prepare;
@@ -26,6 +27,7 @@ use sm_event_loop::{Key, Slab};
 
 use self::poweroff::PowerOff;
 use crate::cgroup::Cgroup;
+use crate::container::Containers;
 use crate::control::Control;
 use crate::exec::session::Session;
 use crate::facts::Facts;
@@ -34,13 +36,11 @@ use crate::identity::Identity;
 use crate::kernel_log::KernelLog;
 use crate::log;
 use crate::node::Node;
-use crate::part;
 use crate::peer;
 use crate::reactor::{Class, Deadline, Event, Interest, Reactor, Token, Watched};
 use crate::sys;
 use crate::waiting::Waiting;
 use crate::wire::SCRATCH_LEN;
-use crate::workload::Workload;
 
 /// Listening sockets, in the order of the protocol's ports.
 #[derive(Debug)]
@@ -77,18 +77,14 @@ pub(crate) struct Agent {
     kernel_log: Option<KernelLog>,
     pub(crate) controls: Slab<Control>,
     pub(crate) sessions: Slab<Session>,
-    /// Running commands that have not been reaped, with the keys of their sessions.
-    pub(crate) running: HashMap<Pid, Key>,
-    /// Number of OOM kills counted by the cgroup that are attributed to execs.
-    pub(crate) exec_oom_kills: u64,
+    /// Running commands that have not been reaped.
+    pub(crate) running: HashMap<Pid, RunningCommand>,
     forwards: Forwards,
-    pub(crate) workload: Workload,
+    pub(crate) containers: Containers,
     pub(crate) identity: Identity,
-    pub(crate) cgroup: Cgroup,
     pub(crate) facts: Facts,
     pub(crate) vmgenid_seen: bool,
     /// Connections waiting for an answer, by kind of request.
-    pub(crate) attaching: Option<Waiting>,
     pub(crate) freezing: Option<Waiting>,
     pub(crate) preparing: Option<(Waiting, Pid)>,
     pub(crate) refreshing: Option<Waiting>,
@@ -97,6 +93,26 @@ pub(crate) struct Agent {
     /// As `reporting`.
     pub(crate) mounting: Option<(Waiting, Pid, File)>,
     pub(crate) power: Option<PowerOff>,
+}
+
+/// A process that serves a session.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RunningCommand {
+    pub(crate) session: Key,
+    pub(crate) container: Key,
+    pub(crate) kind: CommandKind,
+}
+
+/// The kind of a process that serves a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CommandKind {
+    /// A command in the container.
+    Exec,
+    /// An operation on its files, outside its cgroup.
+    Files {
+        /// It freezes the container.
+        pauses: bool,
+    },
 }
 
 /// State of accepting connections.
@@ -114,7 +130,7 @@ enum Accepting {
 
 impl Agent {
     /// Creates an agent that serves `listeners`, stores its files and mount points in
-    /// `directory` and places the workload in `cgroup`.
+    /// `directory` and places containers below `cgroup`.
     pub(crate) fn new(
         listeners: Listeners,
         directory: PathBuf,
@@ -151,14 +167,11 @@ impl Agent {
             controls: Slab::default(),
             sessions: Slab::default(),
             running: HashMap::new(),
-            exec_oom_kills: 0,
             forwards: Forwards::default(),
-            workload: Workload::new(directory.clone())?,
+            containers: Containers::new(&directory, cgroup),
             identity: Identity::new(directory, random),
-            cgroup,
             facts,
             vmgenid_seen: false,
-            attaching: None,
             freezing: None,
             preparing: None,
             refreshing: None,
@@ -199,8 +212,8 @@ impl Agent {
                         self.resume_accepting();
                     }
                 }
-                Class::Workload if token.part == part::CHANNEL => self.check_attach(),
-                Class::Workload => self.cgroup_changed(),
+                Class::Container => self.check_attach(token.key),
+                Class::Containers => self.cgroup_changed(),
                 Class::Power => {}
             },
             Event::Timer(token) => match token.class {
@@ -215,7 +228,8 @@ impl Agent {
                     }
                 }
                 Class::Control => self.refresh_deadline(),
-                Class::Workload => self.workload_deadline(token.part),
+                Class::Container => self.attach_deadline(token.key),
+                Class::Containers => self.containers_deadline(token.part),
                 Class::Power => self.power_deadline(token.part),
                 Class::Listener => self.resume_accepting(),
                 Class::Signals | Class::KernelLog => {}
@@ -304,27 +318,34 @@ impl Agent {
         while sys::next_signal(self.signals.as_fd()).is_some() {}
         while let Ok(Some(reaped)) = sys::reap() {
             let owner = self.running.remove(&reaped.pid);
-            if let Some(key) = owner {
-                if reaped.status == KILLED && self.workload.main() != Some(key) {
-                    self.note_exec_killed();
+            if let Some(RunningCommand {
+                session,
+                container,
+                kind,
+            }) = owner
+            {
+                match kind {
+                    CommandKind::Exec if reaped.status == KILLED => {
+                        self.note_killed(session, container);
+                    }
+                    CommandKind::Files { pauses: true } => self.continue_container(container),
+                    CommandKind::Exec | CommandKind::Files { .. } => {}
                 }
-                if let Some(session) = self.sessions.get_mut(key) {
+                if let Some(session) = self.sessions.get_mut(session) {
                     session.exited(reaped.status, reaped.peak_rss_kib);
                 }
-                self.settle_session(key);
+                self.settle_session(session);
             }
             self.check_prepared(&reaped);
             self.check_reported(&reaped);
             self.check_mounted(&reaped);
-            if self.workload.attaching() && self.workload.init() == Some(reaped.pid) {
-                // Its last message may still be in the channel.
-                self.check_attach();
-            }
-            if self.workload.reaped(reaped.pid) && self.power.is_none() && owner.is_none() {
-                log::line(
-                    3,
-                    &format!("the workload's init ended with status {}", reaped.status),
-                );
+            if let Some(key) = self.containers.of_init(reaped.pid) {
+                let container = self.containers.get(key);
+                if container.is_some_and(|container| container.workload.attaching()) {
+                    // Its last message may still be in the channel.
+                    self.check_attach(key);
+                }
+                self.init_ended(key, &reaped, owner.is_some());
             }
         }
         if self.power.is_some() {
@@ -332,13 +353,33 @@ impl Agent {
         }
     }
 
+    /// Records that a container's init was reaped.
+    fn init_ended(&mut self, key: Key, reaped: &sys::Reaped, has_session: bool) {
+        let Some(container) = self.containers.get_mut(key) else {
+            return;
+        };
+        let ended = container.workload.reaped(reaped.pid);
+        if ended && self.power.is_none() && !has_session {
+            let (id, status) = (&container.id, reaped.status);
+            let text = format!("the init of container {id} ended with status {status}");
+            log::line(3, &text);
+        }
+    }
+
     /// Attributes the SIGKILL of an exec to the OOM killer, if that has killed more
-    /// processes than are accounted for. If PID 1 of the workload is exiting, the exec
+    /// processes than are accounted for. If PID 1 of the container is exiting, the exec
     /// was killed with all other processes of the namespace (of which PID 1 exits last,
     /// pid_namespaces(7)).
-    fn note_exec_killed(&mut self) {
-        if !self.workload.init_ends() && self.cgroup.oom_kills() > self.exec_oom_kills {
-            self.exec_oom_kills += 1;
+    fn note_killed(&mut self, session: Key, container: Key) {
+        let Some(container) = self.containers.get_mut(container) else {
+            return;
+        };
+        let is_exec = container.workload.main() != Some(session);
+        if is_exec
+            && !container.workload.init_ends()
+            && container.cgroup.oom_kills() > container.exec_oom_kills
+        {
+            container.exec_oom_kills += 1;
         }
     }
 }

@@ -27,6 +27,9 @@ const MODULES: &str = "/sm/modules.list";
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 
+/// The cgroup of all containers.
+const CONTAINERS: &str = "containers";
+
 /// Message for users who run the agent by hand.
 const NOT_INIT: &str = "sm-guest-agent: this is the init of a guest, and cannot run elsewhere\n";
 
@@ -55,7 +58,7 @@ pub fn run() -> ! {
 /// Serves exec, forward and control on any listening sockets, in that order, until the
 /// host requests power-off. This runs the agent without a machine.
 ///
-/// `directory` is for mount points and files of the agent; the workload's group is
+/// `directory` is for mount points and files of the agent; the group of containers is
 /// created in the cgroup2 directory `cgroups`. The calling process must be
 /// single-threaded. Its state changes: signals are blocked, the host name may be set.
 ///
@@ -69,7 +72,7 @@ pub fn serve_on(listeners: [OwnedFd; 3], directory: &Path, cgroups: &Path) -> io
         control,
     };
     sys::ignore_signal(libc::SIGPIPE);
-    let cgroup = Cgroup::create(cgroups, "workload")?;
+    let cgroup = Cgroup::create(cgroups, CONTAINERS)?;
     let mut agent = Agent::new(listeners, directory.into(), cgroup, Facts::default())?;
     agent.run()
 }
@@ -87,7 +90,7 @@ fn serve(init_us: u64) -> io::Result<()> {
     set_limits();
     log::note_failure("bring lo up", identity::loopback_up());
     fs::create_dir_all(DIRECTORY)?;
-    let cgroup = Cgroup::create(Path::new(CGROUPS), "workload")?;
+    let cgroup = Cgroup::create(Path::new(CGROUPS), CONTAINERS)?;
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let facts = Facts {
         init_us,
@@ -112,7 +115,9 @@ fn serve(init_us: u64) -> io::Result<()> {
         );
     }
     agent.run()?;
-    agent.workload.end();
+    for container in agent.containers.iter_mut() {
+        container.workload.end();
+    }
     Ok(())
 }
 

@@ -1,4 +1,7 @@
-//! The workload's cgroup (v2), which contains all workload processes.
+//! The cgroups (v2) of containers.
+//!
+//! A container's group contains all of its processes. A group above contains the groups of
+//! all containers, and no processes.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,7 +16,7 @@ use rustix::process::Pid;
 use crate::part;
 use crate::reactor::{Class, Interest, Reactor, Token, Watched};
 
-/// Controllers enabled for the workload, if the kernel has them.
+/// Controllers enabled for containers, if the kernel has them.
 const CONTROLLERS: [&str; 5] = ["cpu", "memory", "pids", "io", "cpuset"];
 
 /// Contents of `cgroup.events`.
@@ -35,7 +38,7 @@ impl Events {
     }
 }
 
-/// The workload's cgroup; see the module documentation.
+/// A cgroup; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
@@ -68,6 +71,11 @@ impl Cgroup {
         })
     }
 
+    /// Creates the group `name` below this one.
+    pub(crate) fn below(&self, name: &str) -> io::Result<Self> {
+        Self::create(&self.path, name)
+    }
+
     /// Enables the controllers inside the group, except those that the kernel lacks.
     pub(crate) fn offer_controllers(&self) {
         if let Some(parent) = self.path.parent() {
@@ -98,7 +106,7 @@ impl Cgroup {
     /// children, as systemd does in its root group (cgroups(7), "no internal processes"
     /// rule). The group of a running process never has.
     pub(crate) fn of(&self, pid: Pid) -> io::Result<OwnedFd> {
-        let outside = || io::Error::other("the workload's PID 1 has left its cgroup");
+        let outside = || io::Error::other("the container's PID 1 has left its cgroup");
         let below = match &self.name {
             Some(name) => below(name, &path_of(pid)?).ok_or_else(outside)?,
             None => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
@@ -151,7 +159,7 @@ impl Cgroup {
                 File::open(self.path.join("cgroup.events"))?.into(),
             )),
         };
-        let token = Token::single(Class::Workload, part::CGROUP);
+        let token = Token::single(Class::Containers, part::CGROUP);
         watched.set(reactor, token, Interest::PRIORITY)?;
         // The file has a few dozen bytes in every state.
         let mut text = [0; 1024];

@@ -6,6 +6,8 @@
 //! never accesses a path that the workload controls. It writes through descriptors that
 //! were opened before the workload ran, because root in the workload could otherwise
 //! block the open with a file lease.
+//!
+//! The containers of a guest share all of it, as they share its network and host name.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -62,8 +64,9 @@ pub(crate) struct Identity {
     /// Files that have been written, by name.
     files: HashMap<&'static str, File>,
     machine_id: String,
-    /// The machine ID's file in the workload's root, unless it is one of `files`.
-    root_machine_id: Option<File>,
+    /// The machine ID's files in the roots of containers, except those where it is one of
+    /// `files`.
+    root_machine_ids: Vec<File>,
     hostname: String,
     extra_hosts: Vec<(String, String)>,
 }
@@ -76,10 +79,15 @@ impl Identity {
             random,
             files: HashMap::new(),
             machine_id: String::new(),
-            root_machine_id: None,
+            root_machine_ids: Vec::new(),
             hostname: String::from("localhost"),
             extra_hosts: Vec::new(),
         }
+    }
+
+    /// Returns the directory of the files.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Gives the guest the identity in `refresh`. Absent parts remain unchanged.
@@ -176,10 +184,10 @@ impl Identity {
         Ok(())
     }
 
-    /// Takes over the workload's file for its machine ID, unless it is one of the
+    /// Takes over a container's file for its machine ID, unless it is one of the
     /// prepared files.
     pub(crate) fn attached(&mut self, machine_id: Option<OwnedFd>) -> Result<(), IdentityError> {
-        self.root_machine_id = machine_id.map(File::from);
+        self.root_machine_ids.extend(machine_id.map(File::from));
         let id = self.machine_id.clone();
         self.set_machine_id(&id)
     }
@@ -253,7 +261,7 @@ impl Identity {
     fn set_machine_id(&mut self, id: &str) -> Result<(), IdentityError> {
         let written = self.write_line(MACHINE_ID_FILE, id);
         step("write machine-id", written)?;
-        if let Some(file) = &self.root_machine_id {
+        for file in &self.root_machine_ids {
             let rewritten = rewrite(file, &format!("{id}\n"));
             step("write the root's machine-id", rewritten)?;
         }

@@ -1,4 +1,4 @@
-//! PID 1 of the workload's namespace, until the main command replaces it.
+//! PID 1 of a container's namespace, until the main command replaces it.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,28 +21,37 @@ use crate::sys;
 
 /// Assembles the root file system, reports the result, waits, and possibly becomes the
 /// main command. Runs in a process forked by the agent.
-pub(crate) fn run(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> ! {
-    let status = match assemble(channel, directory, plan) {
+pub(crate) fn run(channel: OwnedFd, files: &Path, directory: &Path, plan: &AttachRoot) -> ! {
+    let status = match assemble(channel, files, directory, plan) {
         Ok(channel) => wait(channel).map_or(1, |()| 0),
         Err(()) => 1,
     };
     sys::exit_now(status)
 }
 
-fn assemble(channel: OwnedFd, directory: &Path, plan: &AttachRoot) -> Result<OwnedFd, ()> {
+fn assemble(
+    channel: OwnedFd,
+    files: &Path,
+    directory: &Path,
+    plan: &AttachRoot,
+) -> Result<OwnedFd, ()> {
     let mut keep = vec![channel.as_fd()];
     keep.extend(log::descriptor());
     sys::close_all_but(&keep);
-    let (message, machine_id) = match root::assemble(directory, plan) {
-        Ok(machine_id) => (vec![0], machine_id),
+    let (message, assembled) = match root::assemble(files, directory, plan) {
+        Ok(assembled) => (vec![0], Some(assembled)),
         Err(error) => {
             let mut message = vec![1];
             message.extend_from_slice(error.to_string().as_bytes());
             (message, None)
         }
     };
-    let fds: Vec<_> = machine_id.iter().map(AsFd::as_fd).collect();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let fds = assembled.iter().flat_map(|assembled| {
+        let layers = [&assembled.upper, &assembled.lower];
+        layers.into_iter().chain(&assembled.machine_id)
+    });
+    let fds: Vec<_> = fds.map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !fds.is_empty() {
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));

@@ -30,10 +30,10 @@
 //!   0, 1 and 2.
 //! - **Events name their target with a generation** (`sm_event_loop::Slab`). A late event
 //!   finds no target, and a deadline is cancelled when its owner is dropped.
-//! - **The workload is isolated.** Its processes are in one cgroup (created there, so
-//!   that the freezer covers all of them), and in PID, mount and cgroup namespaces of
-//!   their own. They share the network and the host name with the agent, which does not
-//!   use either otherwise.
+//! - **Containers are isolated.** The processes of each are in one cgroup (created there,
+//!   so that the freezer covers all of them), and in PID, mount and cgroup namespaces of
+//!   their own. They share the network and the host name with each other and with the
+//!   agent, which does not use either otherwise.
 //! - **Bounded memory.** All connections share one scratch buffer; a connection whose
 //!   peer is slower is not read.
 #![warn(missing_docs)]
@@ -44,10 +44,12 @@ mod agent;
 mod bind;
 pub mod boot;
 mod cgroup;
+mod container;
 mod control;
 mod device;
 mod exec;
 mod facts;
+mod files;
 mod forward;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

@@ -25,8 +25,10 @@ pub(crate) enum Class {
     Exec,
     /// A forwarded connection; the part selects the side.
     Forward,
-    /// The workload: its init's channel, and its cgroup's events.
-    Workload,
+    /// A container: its init's channel and the deadline of its root.
+    Container,
+    /// All containers: the events of their cgroup, and deadlines.
+    Containers,
     /// Power-off deadlines.
     Power,
 }

@@ -99,12 +99,26 @@ pub(crate) fn read_in(root: &OwnedFd, path: &str) -> io::Result<String> {
     Ok(text.trim().to_owned())
 }
 
+/// A root that was assembled.
+pub(crate) struct Assembled {
+    /// The directory with the changes.
+    pub(crate) upper: OwnedFd,
+    /// The root of the image.
+    pub(crate) lower: OwnedFd,
+    /// The container's machine ID file, if it is a file of the root.
+    pub(crate) machine_id: Option<OwnedFd>,
+}
+
 /// Builds the root that `plan` describes and makes it the root of this process and its
-/// mount namespace. `directory` is the agent's own, which contains the files of
-/// [`crate::identity`] and the devpts instance.
+/// mount namespace. `identity` is the directory with the files of [`crate::identity`];
+/// `directory` is the container's own, which contains the devpts instance.
 ///
-/// Returns the workload's machine ID file, if it is a file of the root.
-pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<OwnedFd>, RootError> {
+/// Its directories are also returned, as the assembled root hides them.
+pub(crate) fn assemble(
+    identity: &Path,
+    directory: &Path,
+    plan: &AttachRoot,
+) -> Result<Assembled, RootError> {
     // Mounts must not propagate to the agent's namespace.
     mount_change(
         "/",
@@ -130,31 +144,40 @@ pub(crate) fn assemble(directory: &Path, plan: &AttachRoot) -> Result<Option<Own
     let (links, files): (Vec<_>, Vec<_>) = wanted.partition(|(_, target)| tree.is_link(target));
     let run = bind::directory(&tree.fd, Path::new(RUN));
     let mut taken: Vec<_> = run.iter().map(|run| run.path.join(EPOCH_NAME)).collect();
-    tree.mount_files(directory, &files, &taken);
+    tree.mount_files(identity, &files, &taken);
     let machine_id = if plan.read_only {
-        tree.mount_machine_id(directory, &taken)?;
+        tree.mount_machine_id(identity, &taken)?;
         None
     } else {
         tree.bind_machine_id(&upper, &taken)?
     };
     let (path, machine_id) = machine_id.unzip();
     taken.extend(path);
-    tree.mount_files(directory, &links, &taken);
+    tree.mount_files(identity, &links, &taken);
     let resolv_conf = Path::new(RESOLV_CONF);
     if !resolved && !bind::is_file(&tree.fd, resolv_conf) {
         // Programs expect the file to exist and to be writable.
         let mounted = bind::empty(&tree.fd, resolv_conf, &taken);
         crate::log::note_failure(RESOLV_CONF, mounted);
     }
-    let mounted = run.and_then(|run| tree.mount_epoch(directory, &run, plan.read_only));
+    let mounted = run.and_then(|run| tree.mount_epoch(identity, &run, plan.read_only));
     crate::log::note_failure(EPOCH, mounted);
-    tree.mount_boot_id(&directory.join(BOOT_ID_FILE))?;
+    tree.mount_boot_id(&identity.join(BOOT_ID_FILE))?;
     if plan.read_only {
         mount_remount(&root, MountFlags::BIND | MountFlags::RDONLY, "")
             .context(|| "make the root read-only".into())?;
     }
+    let layer = |path: &Path| {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        open(path, flags, Mode::empty()).context(|| format!("open {}", path.display()))
+    };
+    let (upper, lower) = (layer(&upper.join(CHANGES))?, layer(&lower)?);
     enter(&root)?;
-    Ok(machine_id)
+    Ok(Assembled {
+        upper,
+        lower,
+        machine_id,
+    })
 }
 
 fn enter(root: &Path) -> Result<(), RootError> {

@@ -32,7 +32,7 @@ mod tests {
     #[test]
     fn deadlines_of_earlier_requests_do_not_pass() {
         let mut reactor = Reactor::new().unwrap();
-        let late = Token::single(Class::Workload, 2);
+        let late = Token::single(Class::Containers, 2);
         let wait = |key, limit| {
             let limit = Duration::from_millis(limit);
             Waiting::new(&reactor, Key::new(key, 9), late, limit)

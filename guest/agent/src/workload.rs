@@ -1,6 +1,6 @@
 //! The workload: its namespaces, its init, and starting commands in it.
 //!
-//! Attaching the root file system forks the workload's *init* into a PID namespace of its
+//! Attaching the root file system forks the container's *init* into a PID namespace of its
 //! own ([`crate::init`]). It assembles the root in its own mount namespace, then waits
 //! and reaps orphans. Commands join these namespaces by descriptor and remain children of
 //! the agent. To start the main command, init *becomes* it: it is then PID 1, `/proc`
@@ -25,6 +25,7 @@ use sm_guest_proto::control::AttachRoot;
 use crate::cgroup::Cgroup;
 use crate::exec::stdio::ChildEnds;
 use crate::exec::{Launch, child};
+use crate::files::View;
 use crate::init;
 use crate::part;
 use crate::reactor::{Class, Interest, Reactor, Token, Watched};
@@ -60,6 +61,23 @@ impl Namespaces {
     }
 }
 
+/// The directories of which a root consists. The container's processes do not see them.
+#[derive(Debug)]
+struct RootLayers {
+    upper: OwnedFd,
+    lower: OwnedFd,
+}
+
+impl RootLayers {
+    /// Takes the descriptors that init has sent first.
+    fn take(fds: &mut impl Iterator<Item = OwnedFd>) -> Option<Self> {
+        Some(Self {
+            upper: fds.next()?,
+            lower: fds.next()?,
+        })
+    }
+}
+
 /// Stages of the workload.
 #[derive(Debug, Default)]
 enum State {
@@ -74,7 +92,7 @@ enum State {
     Ended,
 }
 
-/// The workload; see the module documentation.
+/// The processes of a container; see the module documentation.
 #[derive(Debug)]
 pub(crate) struct Workload {
     state: State,
@@ -82,7 +100,9 @@ pub(crate) struct Workload {
     channel: Option<Watched>,
     main: Option<Key>,
     own_pids: OwnedFd,
-    /// Directory for mount points and files of the agent.
+    /// The image and the changes of the root, once it is assembled.
+    layers: Option<RootLayers>,
+    /// Directory for the container's mount points.
     directory: PathBuf,
 }
 
@@ -105,6 +125,7 @@ impl Workload {
             channel: None,
             main: None,
             own_pids: File::open("/proc/self/ns/pid")?.into(),
+            layers: None,
             directory,
         })
     }
@@ -130,9 +151,18 @@ impl Workload {
         matches!(self.state, State::Ready(_)).then(|| format!("/proc/{init}/root").into())
     }
 
-    /// Returns true if a root file system is attached or being attached.
-    pub(crate) fn exists(&self) -> bool {
-        !matches!(self.state, State::Empty)
+    /// Returns the parts for operations on files, if the root is assembled.
+    pub(crate) fn view<'a>(&'a self, cgroup: BorrowedFd<'a>) -> Option<View<'a>> {
+        let State::Ready(namespaces) = &self.state else {
+            return None;
+        };
+        let layers = self.layers.as_ref()?;
+        Some(View {
+            mounts: namespaces.mounts.as_fd(),
+            cgroup,
+            upper: layers.upper.as_fd(),
+            lower: layers.lower.as_fd(),
+        })
     }
 
     /// Returns the mount point of the workload's devpts instance in the agent's view.
@@ -142,10 +172,13 @@ impl Workload {
 
     // ---- attaching ----
 
-    /// Forks init, which starts to assemble the root.
+    /// Forks init, which starts to assemble the root. `key` is the container's; `files`
+    /// are those of the guest's identity.
     pub(crate) fn start_attach(
         &mut self,
+        key: Key,
         plan: &AttachRoot,
+        files: &Path,
         cgroup: BorrowedFd<'_>,
         reactor: &Reactor,
     ) -> io::Result<()> {
@@ -157,11 +190,11 @@ impl Workload {
         )?;
         // Before the fork, because init would have to be killed if this failed.
         let mut channel = Watched::new(ours);
-        let token = Token::single(Class::Workload, part::CHANNEL);
+        let token = Token::new(Class::Container, part::CHANNEL, key);
         channel.set(reactor, token, Interest::READ)?;
         let kinds = sys::NEW_PIDS | sys::NEW_MOUNTS;
         match fork_agent(kinds, Some(cgroup))? {
-            Fork::Child => init::run(theirs, &self.directory, plan),
+            Fork::Child => init::run(theirs, files, &self.directory, plan),
             Fork::Parent(pid) => {
                 self.init = Some(pid);
                 self.state = State::Attaching;
@@ -172,18 +205,18 @@ impl Workload {
     }
 
     /// Reads a message of init.
-    pub(crate) fn attach_progress(&mut self, reactor: &Reactor) -> Attached {
+    pub(crate) fn attach_progress(&mut self, key: Key, reactor: &Reactor) -> Attached {
         let Some(channel) = &mut self.channel else {
             return Attached::Pending;
         };
         if !matches!(self.state, State::Attaching) {
             // No message is expected any more; init's exit is reported by SIGCHLD.
-            let token = Token::single(Class::Workload, part::CHANNEL);
+            let token = Token::new(Class::Container, part::CHANNEL, key);
             let _ = channel.set(reactor, token, Interest::NONE);
             return Attached::Pending;
         }
         let mut message = [0; 4096];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = recvmsg(
             &*channel,
@@ -194,13 +227,15 @@ impl Workload {
         let cut = matches!(&received, Ok(all) if all.flags.contains(ReturnFlags::CTRUNC));
         let failure = match received.map(|received| received.bytes) {
             // Without its descriptor the machine ID would never be written.
-            Ok(_) if cut => "there is no descriptor left for the root's machine-id".to_owned(),
+            Ok(_) if cut => "there are no descriptors left for the root".to_owned(),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Attached::Pending,
             Err(error) => error.to_string(),
             Ok(1) => match self.init.map(Namespaces::of) {
                 Some(Ok(namespaces)) => {
+                    let mut fds = ancillary.drain().flat_map(descriptors);
+                    self.layers = RootLayers::take(&mut fds);
                     self.state = State::Ready(namespaces);
-                    return Attached::Done(ancillary.drain().find_map(only_descriptor));
+                    return Attached::Done(fds.next());
                 }
                 Some(Err(error)) => format!("open the workload's namespaces: {error}"),
                 None => "the workload's init is gone".to_owned(),
@@ -331,14 +366,15 @@ impl Workload {
 
     /// Drops the last references to the workload's mounts.
     pub(crate) fn end(&mut self) {
+        self.layers = None;
         self.state = State::Ended;
     }
 }
 
-fn only_descriptor(message: RecvAncillaryMessage<'_>) -> Option<OwnedFd> {
+fn descriptors(message: RecvAncillaryMessage<'_>) -> Vec<OwnedFd> {
     match message {
-        RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
-        _ => None,
+        RecvAncillaryMessage::ScmRights(rights) => rights.collect(),
+        _ => Vec::new(),
     }
 }
 
@@ -409,6 +445,7 @@ pub(crate) fn fork_agent(
 mod tests {
     use super::*;
     use crate::reactor::refusal;
+    use sm_guest_proto::container::ContainerId;
     use sm_guest_proto::control::Upper;
 
     #[test]
@@ -419,6 +456,7 @@ mod tests {
         let reactor = Reactor::new().unwrap();
         let mut workload = Workload::new(directory.path().into()).unwrap();
         let plan = AttachRoot {
+            container: ContainerId::default(),
             lower: "/".into(),
             upper: Upper::Tmpfs { size: 1 },
             hostname: "box".into(),
@@ -429,10 +467,11 @@ mod tests {
         };
         for (refused, errno) in [(1, libc::ENOMEM), (0, libc::EBADF)] {
             refusal::begin(refused);
-            let failed = workload.start_attach(&plan, cgroup.as_fd(), &reactor);
+            let (key, files) = (Key::new(0, 0), directory.path());
+            let failed = workload.start_attach(key, &plan, files, cgroup.as_fd(), &reactor);
             assert_eq!(failed.unwrap_err().raw_os_error(), Some(errno));
             // It can be tried again.
-            assert!(!workload.exists() && workload.init().is_none());
+            assert!(!workload.attaching() && workload.init().is_none());
             assert_eq!(reactor.counts(), (0, 0));
         }
     }

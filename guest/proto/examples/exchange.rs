@@ -63,7 +63,9 @@ fn client(mut stream: UnixStream, argv: Vec<String>) -> Result<(Vec<u8>, ExitSta
         match kind {
             FrameType::Control => match serde_json::from_slice(&payload)? {
                 ExecReply::Hello(hello) => eprintln!("the agent speaks version {}", hello.protocol),
-                ExecReply::Started { pid } => eprintln!("the command runs as process {pid}"),
+                ExecReply::Started { container, pid } => {
+                    eprintln!("the command runs as process {pid} of container {container}");
+                }
             },
             FrameType::Stdout => output.extend_from_slice(&payload),
             FrameType::Error => return Err(String::from_utf8_lossy(&payload).into()),
@@ -94,6 +96,7 @@ fn agent(stream: UnixStream) -> Result<()> {
     match Command::new(program).args(arguments).output() {
         Ok(done) => {
             let started = ExecReply::Started {
+                container: request.container,
                 pid: std::process::id(),
             };
             encode(

@@ -13,7 +13,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::exec::{Hello, base64_bytes};
+use crate::base64_bytes;
+use crate::container::ContainerId;
+use crate::exec::Hello;
 
 /// A request of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,25 +27,29 @@ pub enum ControlRequest {
     /// workload code runs: when the reply arrives, the guest has no identifier in common
     /// with other clones.
     Refresh(Refresh),
-    /// Mount the root file system and prepare it for workloads.
+    /// Create a container: mount its root file system and prepare it for commands.
     AttachRoot(AttachRoot),
-    /// Mount file systems in the workload's root, after it was attached and before the
-    /// workload runs.
+    /// Mount file systems in a container's root, after it was attached and before the main
+    /// command runs.
     Mount {
+        /// The container.
+        container: ContainerId,
         /// In the order in which they are mounted.
         mounts: Vec<GuestMount>,
     },
-    /// Stop scheduling workload processes (cgroup v2 freezer).
+    /// Stop scheduling the processes of all containers (cgroup v2 freezer).
     Freeze,
-    /// Resume frozen workload processes.
+    /// Resume the processes that [`ControlRequest::Freeze`] has stopped.
     Thaw,
     /// Write back dirty data and discard caches that a snapshot need not contain.
     PrepareSnapshot,
-    /// Send `signal` to the workload's main process.
+    /// Send `signal` to a container's main process.
     SignalMain {
+        /// The container.
+        container: ContainerId,
         /// Signal number, 1..=64.
         signal: u8,
-        /// The signal is meant to end the workload. If the process is systemd, SIGTERM is
+        /// The signal is meant to end the container. If the process is systemd, SIGTERM is
         /// then replaced by SIGRTMIN+3, because systemd re-executes itself on SIGTERM.
         #[serde(default)]
         stop: bool,
@@ -54,11 +60,19 @@ pub enum ControlRequest {
         /// Milliseconds between SIGTERM and SIGKILL.
         grace_ms: u64,
     },
-    /// Report usage figures.
-    Stats,
-    /// Report the identity of this guest. Answered by [`ControlReply::IdentityReport`].
+    /// Report usage figures of the guest and of a container.
+    Stats {
+        /// The container.
+        container: ContainerId,
+    },
+    /// Report the identity of this guest, as the processes of a container see it, or, if
+    /// there is no such container yet, as they would. Answered by
+    /// [`ControlReply::IdentityReport`].
     #[serde(rename = "evidence")]
-    IdentityReport,
+    IdentityReport {
+        /// The container.
+        container: ContainerId,
+    },
 }
 
 /// The fresh identity of a guest.
@@ -87,9 +101,11 @@ pub struct Refresh {
     pub vmgenid_wait_ms: u32,
 }
 
-/// Assembly of the root file system.
+/// Creation of a container: assembly of its root file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachRoot {
+    /// The container, which must not exist yet.
+    pub container: ContainerId,
     /// Block device of the read-only EROFS lower layer, such as `/dev/vda`.
     pub lower: String,
     /// Storage for changes.
@@ -239,7 +255,7 @@ pub struct IdentityReport {
     pub realtime_ns: u64,
 }
 
-/// Usage figures of a guest.
+/// Usage figures of a guest and of one of its containers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct GuestStats {
@@ -247,14 +263,14 @@ pub struct GuestStats {
     pub memory_total_kib: u64,
     /// Available memory in KiB.
     pub memory_available_kib: u64,
-    /// Number of workload processes.
+    /// Number of processes of the container.
     pub processes: u32,
-    /// CPU time used by workload processes, in microseconds.
+    /// CPU time used by processes of the container, in microseconds.
     pub cpu_us: u64,
-    /// Workload processes that the guest's OOM killer killed since this VM was started or
-    /// restored.
+    /// Processes of the container that the guest's OOM killer killed since this VM was
+    /// started or restored.
     pub oom_kills: u64,
-    /// The part of `oom_kills` that concerns the workload and not an exec.
+    /// The part of `oom_kills` that concerns the main command and not an exec.
     pub main_oom_kills: u64,
 }
 
@@ -268,10 +284,12 @@ mod tests {
         assert_eq!(json, r#"{"power_off":{"grace_ms":10}}"#);
         let json = serde_json::to_string(&ControlRequest::Freeze).unwrap();
         assert_eq!(json, r#""freeze""#);
-        // Older hosts send no `stop`.
-        let request = serde_json::from_str(r#"{"signal_main":{"signal":15}}"#).unwrap();
+        // `stop` has a default.
+        let json = r#"{"signal_main":{"container":"main","signal":15}}"#;
+        let request = serde_json::from_str(json).unwrap();
         assert_eq!(
             ControlRequest::SignalMain {
+                container: ContainerId::default(),
                 signal: 15,
                 stop: false
             },

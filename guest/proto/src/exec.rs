@@ -14,6 +14,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::container::ContainerId;
+use crate::files::FileRequest;
+
 /// The first message in either direction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
@@ -28,24 +31,33 @@ pub enum ExecControl {
     /// Version of the client. Must be the first frame.
     Hello(Hello),
     /// Sent instead of a REQUEST: take over the standard streams of the command that runs
-    /// as [`Role::Main`]. Answered like a REQUEST, with [`ExecReply::Started`] and the
+    /// as [`Role::Main`] of a container. Answered like a REQUEST, with [`ExecReply::Started`] and the
     /// output that no earlier connection received, or with ERROR and EXIT when there is
     /// no such command. The connection that held the streams before is closed.
-    AttachMain,
+    AttachMain {
+        /// The container.
+        container: ContainerId,
+    },
     /// Sent instead of a REQUEST: send a signal to a command that another connection has
     /// started. Answered with EXIT; its status is not 0, and ERROR precedes it, when
     /// there is no such command. A signal on a separate connection does not wait behind
     /// standard input that the command does not read.
     Signal {
+        /// The command's container.
+        container: ContainerId,
         /// The command's process identifier, as in [`ExecReply::Started`].
         pid: u32,
         /// Signal number.
         signal: u8,
     },
-    /// Sent instead of a REQUEST: list the processes of the workload and of commands
-    /// beside it. Answered with STDOUT, the JSON of an array of [`GuestProcess`], and EXIT.
+    /// Sent instead of a REQUEST: perform an operation on files; see [`crate::files`].
+    Files(FileRequest),
+    /// Sent instead of a REQUEST: list the processes of a container. Answered with STDOUT, the JSON of an array of [`GuestProcess`], and EXIT.
     /// An agent that does not know the message answers with ERROR and EXIT.
-    Processes,
+    Processes {
+        /// The container.
+        container: ContainerId,
+    },
 }
 
 /// A process in the guest.
@@ -79,20 +91,22 @@ pub struct GuestProcess {
 pub enum ExecReply {
     /// Answer to the client's HELLO.
     Hello(Hello),
-    /// The command runs.
+    /// The command runs. The EXIT frame of the connection is that of this command.
     Started {
-        /// Its process identifier as processes of the workload see it.
+        /// Its container.
+        container: ContainerId,
+        /// Its process identifier as processes of the container see it.
         pid: u32,
     },
 }
 
-/// The role of a command in the VM.
+/// The role of a command in its container.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// The VM's workload. It continues when its client disconnects.
+    /// The container's main command. It continues when its client disconnects.
     Main,
-    /// An additional command beside the workload.
+    /// An additional command beside the main command.
     #[default]
     Exec,
 }
@@ -101,6 +115,8 @@ pub enum Role {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ExecRequest {
+    /// Container of the command.
+    pub container: ContainerId,
     /// Program and arguments. A program name without `/` is searched in the request's
     /// `PATH`.
     pub argv: Vec<String>,
@@ -122,7 +138,7 @@ pub struct ExecRequest {
     pub rows: u16,
     /// Connect standard input to STDIN frames; otherwise it is `/dev/null`.
     pub stdin: bool,
-    /// Role of the command in the VM.
+    /// Role of the command in its container.
     pub role: Role,
     /// Files to write before the command starts.
     pub stage_files: Vec<StageFile>,
@@ -143,7 +159,7 @@ pub struct StageFile {
     /// Permission bits, such as `0o644`.
     pub mode: u32,
     /// Contents.
-    #[serde(with = "crate::exec::base64_bytes")]
+    #[serde(with = "crate::base64_bytes")]
     pub data: Vec<u8>,
 }
 
@@ -158,24 +174,6 @@ pub struct Rlimit {
     pub hard: u64,
 }
 
-/// Serialisation of bytes as base64 text.
-pub(crate) mod base64_bytes {
-    use base64::Engine as _;
-    use base64::engine::general_purpose::STANDARD;
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&STANDARD.encode(bytes))
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Vec<u8>, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        STANDARD.decode(text).map_err(D::Error::custom)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,15 +183,21 @@ mod tests {
         let request: ExecRequest = serde_json::from_str(r#"{"argv":["true"]}"#).unwrap();
         assert_eq!(request.argv, ["true"]);
         assert_eq!(request.role, Role::Exec);
+        assert_eq!(request.container, ContainerId::default());
         assert!(!request.tty);
     }
 
     #[test]
     fn control_messages_have_a_stable_json_form() {
-        let json = serde_json::to_string(&ExecControl::AttachMain).unwrap();
-        assert_eq!(json, r#""attach_main""#);
-        let json = serde_json::to_string(&ExecReply::Started { pid: 1 }).unwrap();
-        assert_eq!(json, r#"{"started":{"pid":1}}"#);
+        let container = ContainerId::default();
+        let json = serde_json::to_string(&ExecControl::AttachMain { container }).unwrap();
+        assert_eq!(json, r#"{"attach_main":{"container":"main"}}"#);
+        let started = ExecReply::Started {
+            container: ContainerId::default(),
+            pid: 1,
+        };
+        let json = serde_json::to_string(&started).unwrap();
+        assert_eq!(json, r#"{"started":{"container":"main","pid":1}}"#);
     }
 
     #[test]

@@ -2,9 +2,12 @@
 //!
 //! The agent serves three vsock ports ([`port`]). The exec and control ports carry frames
 //! of `[u8 type][u32 BE length][payload]` ([`frame`]): exec one command per connection
-//! ([`exec`]), control one JSON request and one JSON reply at a time ([`control`]). The
+//! ([`exec`]) or one operation on files ([`files`]), control one JSON request and one JSON reply at a time ([`control`]). The
 //! forward port takes one header of fixed size and becomes a raw byte stream
 //! ([`forward`]).
+//!
+//! Requests name the container that they concern ([`container`]), except those that
+//! concern the whole guest.
 //!
 //! A peer never sees a message that it does not know: an unknown type of frame or message
 //! is a decoding error. Requests and types of frames are exhaustive enums, so that a
@@ -19,8 +22,11 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+mod base64_bytes;
+pub mod container;
 pub mod control;
 pub mod exec;
+pub mod files;
 pub mod forward;
 pub mod frame;
 
@@ -28,7 +34,7 @@ pub mod frame;
 ///
 /// The two sides exchange it in a HELLO before any other message. A peer answers an
 /// unknown version with an error message, never by closing the connection silently.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Ports and context identifiers of the vsock address space.
 pub mod port {

@@ -443,10 +443,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 let text = "the guest does not answer".to_owned();
                 self.answer(id, &ControlAnswer::Error(text));
             }
-            Some(agent) => agent.send_request(
-                Purpose::Stats { client: id },
-                &sm_guest_proto::control::ControlRequest::Stats,
-            ),
+            Some(agent) => agent.request_stats(Purpose::Stats { client: id }),
             None => {
                 let text = "the guest is not ready yet".to_owned();
                 self.answer(id, &ControlAnswer::Error(text));

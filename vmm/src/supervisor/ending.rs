@@ -8,7 +8,6 @@ use sm_control::launch::VmmReport;
 use sm_control::signal;
 use sm_control::timings::unix_nanos;
 use sm_control::with_causes;
-use sm_guest_proto::control::ControlRequest;
 use sm_guest_proto::frame::{ExitStatus, FrameType};
 
 use super::guest_side::IDENTITY_REFRESHED;
@@ -264,7 +263,7 @@ impl<G: GuestMachine> Supervisor<G> {
         let copying = self.stage.is_copying();
         match &mut self.agent {
             Some(agent) if unexplained => {
-                agent.send_request(Purpose::OomCheck, &ControlRequest::Stats);
+                agent.request_stats(Purpose::OomCheck);
                 self.provisional = Some(record);
                 let more = if copying {
                     KILL_TIMEOUT

@@ -61,7 +61,7 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Some(guest) = &mut self.guest {
             guest.insert_image();
         }
-        match AgentLink::new(stream) {
+        match AgentLink::new(stream, self.container.clone()) {
             Ok(agent) => self.agent = Some(agent),
             Err(error) => {
                 return self.start_failed(&format!("cannot talk to the guest agent: {error}"));
@@ -130,6 +130,7 @@ impl<G: GuestMachine> Supervisor<G> {
 
     fn attach_root(&self) -> AttachRoot {
         AttachRoot {
+            container: self.container.clone(),
             lower: ROOT_DEVICE.to_owned(),
             upper: match self.request.root_disk {
                 Some(_) => Upper::Ext4 {
@@ -346,8 +347,9 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Some(guest) = &mut self.guest {
             guest.insert_volumes();
         }
+        let container = self.container.clone();
         if let Some(agent) = &mut self.agent {
-            agent.send_request(Purpose::Mount, &ControlRequest::Mount { mounts });
+            agent.send_request(Purpose::Mount, &ControlRequest::Mount { container, mounts });
         }
     }
 
@@ -355,11 +357,12 @@ impl<G: GuestMachine> Supervisor<G> {
         let Some(main) = &mut self.main else {
             return;
         };
-        let request = self
+        let mut request = self
             .request
             .config
             .workload
             .request(self.request.columns, self.request.rows);
+        request.container.clone_from(&self.container);
         main.queue_json(FrameType::Request, &request);
         if let Some(startup) = self.stage.startup() {
             *startup = Startup::Requested;
@@ -371,7 +374,7 @@ impl<G: GuestMachine> Supervisor<G> {
             let purpose = Purpose::IdentityReport {
                 requested_ns: unix_nanos(),
             };
-            agent.send_request(purpose, &ControlRequest::IdentityReport);
+            agent.request_identity_report(purpose);
         }
     }
 
@@ -383,7 +386,8 @@ impl<G: GuestMachine> Supervisor<G> {
         let Some(main) = &mut self.main else {
             return;
         };
-        main.queue_json(FrameType::Control, &ExecControl::AttachMain);
+        let container = self.container.clone();
+        main.queue_json(FrameType::Control, &ExecControl::AttachMain { container });
         if self.request.config.workload.tty {
             let size = frame::resize_payload(self.request.columns, self.request.rows);
             main.queue(FrameType::Resize, &size);
@@ -433,8 +437,9 @@ impl<G: GuestMachine> Supervisor<G> {
             }
             FrameType::Control => match serde_json::from_slice(payload) {
                 Ok(ExecReply::Hello(_)) => {}
-                Ok(ExecReply::Started { pid })
-                    if matches!(self.stage.startup(), Some(Startup::Requested)) =>
+                Ok(ExecReply::Started { container, pid })
+                    if container == self.container
+                        && matches!(self.stage.startup(), Some(Startup::Requested)) =>
                 {
                     self.workload_started(pid);
                 }

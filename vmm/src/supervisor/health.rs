@@ -148,6 +148,7 @@ impl<G: GuestMachine> Supervisor<G> {
         let workload = &self.request.config.workload;
         let mut request = workload.request(80, 24);
         request.argv.clone_from(&health.check.command);
+        request.container.clone_from(&self.container);
         request.role = Role::Exec;
         request.tty = false;
         request.stdin = false;

@@ -27,6 +27,7 @@ use sm_control::launch::{
 use sm_control::session::{Event, Session};
 use sm_control::workload::Workload;
 use sm_control::{Control, Endpoint};
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{AgentHello, ControlReply, ControlRequest, Refreshed};
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
 use sm_guest_proto::frame::FrameType;
@@ -498,7 +499,10 @@ impl<R> Fixture<R> {
             (request.role, request.argv),
             (Role::Main, vec!["prog".into()])
         );
-        main.send_json(&ExecReply::Started { pid: 42 });
+        main.send_json(&ExecReply::Started {
+            container: ContainerId::default(),
+            pid: 42,
+        });
         let session = self.launcher.as_mut().unwrap();
         let mut warned = false;
         loop {

@@ -86,7 +86,7 @@ fn request_name(request: &ControlRequest) -> &'static str {
         ControlRequest::PrepareSnapshot => "prepare snapshot",
         ControlRequest::SignalMain { .. } => "signal main",
         ControlRequest::PowerOff { .. } => "power off",
-        ControlRequest::Stats => "stats",
-        ControlRequest::IdentityReport => "identity report",
+        ControlRequest::Stats { .. } => "stats",
+        ControlRequest::IdentityReport { .. } => "identity report",
     }
 }

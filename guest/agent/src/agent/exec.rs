@@ -3,10 +3,11 @@
 use std::io;
 
 use sm_event_loop::Key;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::exec::{ExecRequest, Role};
 
-use super::Agent;
 use super::requests::POWERING_OFF;
+use super::{Agent, CommandKind, RunningCommand};
 use crate::exec::session::SessionAction;
 use crate::exec::stdio::{self, ChildEnds};
 use crate::exec::{Launch, LaunchError};
@@ -33,11 +34,18 @@ impl Agent {
             match action {
                 SessionAction::Nothing | SessionAction::Finished => return,
                 SessionAction::Launch(request) => self.launch(key, *request),
-                SessionAction::AttachMain => return self.attach_main(key),
-                SessionAction::Signal { pid, signal } => {
-                    return self.signal_command(key, pid, signal);
+                SessionAction::Files(request) => self.start_files(key, &request),
+                SessionAction::AttachMain(container) => {
+                    return self.attach_main(key, &container);
                 }
-                SessionAction::ListProcesses => return self.list_processes(key),
+                SessionAction::Signal {
+                    container,
+                    pid,
+                    signal,
+                } => return self.signal_command(key, &container, pid, signal),
+                SessionAction::ListProcesses(container) => {
+                    return self.list_processes(key, &container);
+                }
             }
             // Process frames that arrived together with the request.
             let Some(session) = self.sessions.get_mut(key) else {
@@ -47,12 +55,16 @@ impl Agent {
         }
     }
 
-    /// Signals the command `pid` on behalf of session `key`, and answers the session.
-    pub(super) fn signal_command(&mut self, key: Key, pid: u32, signal: u8) {
-        let found = self
-            .sessions
-            .iter_mut()
-            .any(|(_, session)| session.signal_if(pid, signal));
+    /// Signals the command `pid` of a container on behalf of session `key`, and answers
+    /// the session.
+    pub(super) fn signal_command(&mut self, key: Key, id: &ContainerId, pid: u32, signal: u8) {
+        let container = self.containers.find(id);
+        let mut commands = self.running.values();
+        let found = commands.any(|command| {
+            let session = self.sessions.get(command.session);
+            Some(command.container) == container
+                && session.is_some_and(|session| session.signal_if(pid, signal))
+        });
         if let Some(session) = self.sessions.get_mut(key) {
             match found {
                 true => session.confirm(),
@@ -68,8 +80,8 @@ impl Agent {
         if let SessionAction::Finished = session.settle(&self.reactor, key, &mut self.scratch) {
             self.sessions.remove(key);
             self.resume_accepting();
-            if self.workload.main() == Some(key) {
-                self.workload.clear_main();
+            if let Some(container) = self.containers.of_main(key) {
+                container.workload.clear_main();
             }
             if self.power.is_some() {
                 self.check_power();
@@ -91,20 +103,25 @@ impl Agent {
 
     pub(super) fn try_launch(&mut self, key: Key, request: ExecRequest) -> Result<(), LaunchError> {
         let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
-        self.workload.check_ready().map_err(LaunchError::failed)?;
+        let (container_key, container) = self
+            .containers
+            .named(&request.container)
+            .map_err(LaunchError::failed)?;
+        let workload = &mut container.workload;
+        workload.check_ready().map_err(LaunchError::failed)?;
         if self.power.is_some() {
             return Err(LaunchError::failed(POWERING_OFF));
         }
         if request.argv.is_empty() {
             return Err(LaunchError::failed("the request names no command"));
         }
-        if request.role == Role::Main && self.workload.main().is_some() {
+        if request.role == Role::Main && workload.main().is_some() {
             return Err(LaunchError::failed(
-                "the workload's main command already runs",
+                "the container's main command already runs",
             ));
         }
         let (child_ends, agent_ends) = if request.tty {
-            stdio::terminal(&self.workload.devpts(), request.cols, request.rows)
+            stdio::terminal(&workload.devpts(), request.cols, request.rows)
                 .map_err(|error| fail("open a terminal", error))?
         } else {
             stdio::pipes(request.stdin, &self.null).map_err(|error| fail("make pipes", error))?
@@ -117,27 +134,30 @@ impl Agent {
         };
         let launch = Launch { request, terminal };
         let pid = match launch.request.role {
-            Role::Main => self
-                .workload
-                .become_main(key, &launch, &child_ends, &child_status),
-            Role::Exec => self
-                .workload
-                .spawn(&launch, &child_ends, child_status, &self.cgroup),
+            Role::Main => workload.become_main(key, &launch, &child_ends, &child_status),
+            Role::Exec => workload.spawn(&launch, &child_ends, child_status, &container.cgroup),
         };
         let pid = pid.map_err(|error| fail("start a process", error))?;
-        self.running.insert(pid, key);
+        let command = RunningCommand {
+            session: key,
+            container: container_key,
+            kind: CommandKind::Exec,
+        };
+        self.running.insert(pid, command);
         if let Some(session) = self.sessions.get_mut(key) {
             session.started(&launch.request, pid, agent_ends, status);
         }
         Ok(())
     }
 
-    pub(super) fn attach_main(&mut self, key: Key) {
+    pub(super) fn attach_main(&mut self, key: Key, id: &ContainerId) {
         let Some(session) = self.sessions.get_mut(key) else {
             return;
         };
-        let Some(main) = self.workload.main() else {
-            return session.refuse(125, "no main command runs in this guest");
+        let container = self.containers.named(id).ok();
+        let Some(main) = container.and_then(|(_, container)| container.workload.main()) else {
+            let text = format!("no main command runs in container {id}");
+            return session.refuse(125, &text);
         };
         let client = session.take_client();
         self.settle_session(key);

@@ -1,4 +1,4 @@
-//! Mounts in the workload's root, by a child: it accesses files of the image, and copies as
+//! Mounts in a container's root, by a child: it accesses files of the image, and copies as
 //! many as that has.
 
 use std::fs::File;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::process::Pid;
 use sm_event_loop::Key;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{ControlReply, GuestMount};
 
 use super::Agent;
@@ -25,13 +26,18 @@ const MAX_MESSAGE: u64 = 4096;
 
 impl Agent {
     /// Performs a request for mounts. Returns `None` if the answer is sent later.
-    pub(super) fn mount(&mut self, key: Key, mounts: &[GuestMount]) -> Option<ControlReply> {
+    pub(super) fn mount(
+        &mut self,
+        key: Key,
+        container: &ContainerId,
+        mounts: &[GuestMount],
+    ) -> Option<ControlReply> {
         if self.mounting.is_some() {
             return Some(failed("file systems are already being mounted"));
         }
-        match self.start_mounting(mounts) {
+        match self.start_mounting(container, mounts) {
             Ok((pid, file)) => {
-                let waiting = self.await_workload(part::MOUNT, key, DEADLINE);
+                let waiting = self.await_containers(part::MOUNT, key, DEADLINE);
                 self.mounting = Some((waiting, pid, file));
                 None
             }
@@ -39,8 +45,14 @@ impl Agent {
         }
     }
 
-    fn start_mounting(&mut self, requested: &[GuestMount]) -> io::Result<(Pid, File)> {
-        let (namespaces, directory) = self.workload.namespaces().map_err(io::Error::other)?;
+    fn start_mounting(
+        &mut self,
+        id: &ContainerId,
+        requested: &[GuestMount],
+    ) -> io::Result<(Pid, File)> {
+        let (_, container) = self.containers.named(id).map_err(io::Error::other)?;
+        let namespaces = container.workload.namespaces();
+        let (namespaces, directory) = namespaces.map_err(io::Error::other)?;
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::memfd_create("mounts", flags)?);
         match workload::fork_agent(0, None)? {

@@ -8,6 +8,7 @@ use sm_event_loop::Key;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
+use crate::container::Container;
 use crate::log;
 use crate::reactor::{Class, Deadline, Token};
 use crate::sys;
@@ -98,19 +99,28 @@ impl Agent {
         // The first deadline, because the answer to a freeze may advance the power-off.
         self.power_timer(grace.min(MAX_GRACE), part::GRACE);
         self.cancel_freeze();
+        for container in self.containers.iter() {
+            self.terminate(container);
+        }
+        self.end_file_operations();
+        self.check_power();
+    }
+
+    /// Asks the processes of a container to end.
+    fn terminate(&self, container: &Container) {
+        let init = container.workload.init();
         // The agent asks an init without a main command to exit by closing its channel.
-        let waiting = self
-            .workload
-            .main()
-            .is_none()
-            .then(|| self.workload.init())
-            .flatten();
-        let init = self.workload.init();
+        let waiting = init.filter(|_| container.workload.main().is_none());
         let system = init.filter(|pid| stop_signal(*pid, SIGTERM) != SIGTERM);
         // An init system stops its services itself, in its own order.
         let processes = match system {
-            Some(_) => self.running.keys().copied().collect(),
-            None => self.cgroup.processes(),
+            Some(_) => {
+                let key = self.containers.find(&container.id);
+                let running = self.running.iter();
+                let own = running.filter(|(_, command)| Some(command.container) == key);
+                own.map(|(pid, _)| *pid).collect()
+            }
+            None => container.cgroup.processes(),
         };
         for pid in processes {
             let signal = if system == Some(pid) { HALT } else { SIGTERM };
@@ -118,7 +128,6 @@ impl Agent {
                 let _ = sys::kill(pid, signal);
             }
         }
-        self.check_power();
     }
 
     fn power_timer(&mut self, after: Duration, part: u8) {
@@ -144,10 +153,13 @@ impl Agent {
     pub(crate) fn check_power(&mut self) {
         if self.stage() == Stage::Terminating {
             let running = !self.running.is_empty();
-            if !running && self.workload.main().is_none() {
-                self.workload.release_init();
+            if !running {
+                let all = self.containers.iter_mut();
+                for container in all.filter(|one| one.workload.main().is_none()) {
+                    container.workload.release_init();
+                }
             }
-            let populated = match self.cgroup.events(&self.reactor) {
+            let populated = match self.containers.group.events(&self.reactor) {
                 Ok(events) => events.populated,
                 Err(error) => {
                     log::error("read cgroup.events", error);
@@ -156,7 +168,8 @@ impl Agent {
             };
             // A process leaves its cgroup before it is reaped. Wait for both, so that
             // every exit status has been reported.
-            if !populated && !running && self.workload.init().is_none() {
+            let has_init = self.containers.has_init();
+            if !populated && !running && !has_init {
                 self.begin_flush();
             }
         }
@@ -174,7 +187,7 @@ impl Agent {
     }
 
     fn begin_flush(&mut self) {
-        self.cgroup.stop_watching();
+        self.containers.group.stop_watching();
         self.advance(Stage::Flushing);
         self.power_timer(FLUSH_DEADLINE, part::FLUSH);
     }
@@ -190,7 +203,7 @@ impl Agent {
     pub(crate) fn power_deadline(&mut self, which: u8) {
         match (which, self.stage()) {
             (part::GRACE, Stage::Terminating) => {
-                log::note_failure("kill the workload", self.cgroup.kill());
+                log::note_failure("kill the containers", self.containers.group.kill());
                 self.power_timer(KILL_DEADLINE, part::KILL);
                 self.check_power();
             }
@@ -210,6 +223,7 @@ impl Agent {
 mod tests {
     use super::*;
     use crate::agent::tests::{Fixture, HOUR};
+    use crate::agent::{CommandKind, RunningCommand};
     use crate::control;
     use crate::exec::session::Session;
     use crate::reactor::{Event, Readiness};
@@ -234,7 +248,14 @@ mod tests {
         let session = fixture.agent.sessions.insert(Session::new(ours.into()));
         // No process is signalled but those of the cgroup, which is empty.
         let pid = rustix::process::getpid();
-        fixture.agent.running.insert(pid, session);
+        let container = Key::new(0, 0);
+        let kind = CommandKind::Exec;
+        let command = RunningCommand {
+            session,
+            container,
+            kind,
+        };
+        fixture.agent.running.insert(pid, command);
         (fixture, client)
     }
 
@@ -285,7 +306,7 @@ mod tests {
         let (ending, mut second) = fixture.host();
         let (late, _third) = fixture.host();
         let agent = &mut fixture.agent;
-        agent.freezing = Some(agent.await_workload(crate::part::FREEZE, freezing, HOUR));
+        agent.freezing = Some(agent.await_containers(crate::part::FREEZE, freezing, HOUR));
         agent.start_power_off(ending, HOUR);
         let refused = |reply| match reply {
             ControlReply::Error { message } => message.contains("powering off"),

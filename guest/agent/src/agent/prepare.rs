@@ -29,7 +29,7 @@ impl Agent {
                 sys::exit_now(0)
             }
             Fork::Parent(pid) => {
-                let waiting = self.await_workload(part::PREPARE, key, DEADLINE);
+                let waiting = self.await_containers(part::PREPARE, key, DEADLINE);
                 self.preparing = Some((waiting, pid));
                 Ok(())
             }

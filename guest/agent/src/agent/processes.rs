@@ -4,6 +4,7 @@ use std::fs;
 
 use rustix::process::Pid;
 use sm_event_loop::Key;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::exec::GuestProcess;
 
 use super::Agent;
@@ -16,16 +17,18 @@ const MAX_COMMAND: usize = 1000;
 const TICKS_PER_SECOND: u64 = 100;
 
 impl Agent {
-    /// Answers session `key` with the processes of the workload and of other commands.
-    pub(super) fn list_processes(&mut self, key: Key) {
+    /// Answers session `key` with the processes of a container.
+    pub(super) fn list_processes(&mut self, key: Key, id: &ContainerId) {
         let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
         let uptime_ms = milliseconds(uptime.split(' ').next().unwrap_or_default());
-        // The process that waits to become the workload's main command is the agent's.
-        let waiting = match self.workload.main() {
-            Some(_) => None,
-            None => self.workload.init(),
-        };
-        let pids = self.cgroup.processes().into_iter();
+        let container = self.containers.named(id).ok();
+        // The process that waits to become the main command is the agent's.
+        let waiting = container.as_ref().and_then(|(_, container)| {
+            let workload = &container.workload;
+            workload.init().filter(|_| workload.main().is_none())
+        });
+        let pids = container.map_or_else(Vec::new, |(_, container)| container.cgroup.processes());
+        let pids = pids.into_iter();
         let pids = pids.filter(|pid| Some(*pid) != waiting).take(MAX_PROCESSES);
         let mut found: Vec<GuestProcess> = pids.filter_map(|pid| process(pid, uptime_ms)).collect();
         found.sort_by_key(|process| process.pid);

@@ -21,51 +21,70 @@ const ATTACH_DEADLINE: Duration = Duration::from_secs(30);
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 
 impl Agent {
-    /// Records that connection `key` waits for the workload event `part`.
-    pub(crate) fn await_workload(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
-        let late = Token::single(Class::Workload, part);
+    /// Records that connection `key` waits for the event `part` of all containers.
+    pub(crate) fn await_containers(&mut self, part: u8, key: Key, limit: Duration) -> Waiting {
+        let late = Token::single(Class::Containers, part);
         Waiting::new(&self.reactor, key, late, limit)
     }
 
-    pub(crate) fn await_root(&mut self, key: Key) {
-        self.attaching = Some(self.await_workload(part::ATTACH, key, ATTACH_DEADLINE));
+    /// Records that connection `key` waits for the root of `container`.
+    pub(crate) fn await_root(&mut self, container: Key, key: Key) {
+        let late = Token::new(Class::Container, part::ATTACH, container);
+        let waiting = Waiting::new(&self.reactor, key, late, ATTACH_DEADLINE);
+        if let Some(container) = self.containers.get_mut(container) {
+            container.attaching = Some(waiting);
+        }
     }
 
-    pub(super) fn check_attach(&mut self) {
-        let reply = match self.workload.attach_progress(&self.reactor) {
+    pub(super) fn check_attach(&mut self, key: Key) {
+        let Some(container) = self.containers.get_mut(key) else {
+            return;
+        };
+        let failure = match container.workload.attach_progress(key, &self.reactor) {
             Attached::Pending => return,
             Attached::Done(machine_id) => {
-                if let Some(init) = self.workload.init() {
-                    let read = self.cgroup.read_path(init);
-                    log::note_failure("find the workload's cgroup", read);
+                if let Some(init) = container.workload.init() {
+                    let read = container.cgroup.read_path(init);
+                    log::note_failure("find the container's cgroup", read);
                 }
-                match self.identity.attached(machine_id) {
-                    Ok(()) => ControlReply::Done,
-                    Err(error) => {
-                        self.workload.abandon();
-                        let message = error.to_string();
-                        ControlReply::Error { message }
-                    }
-                }
+                let attached = self.identity.attached(machine_id);
+                attached.err().map(|error| error.to_string())
             }
-            Attached::Failed(message) => ControlReply::Error { message },
+            Attached::Failed(message) => Some(message),
         };
-        let waiting = self.attaching.take();
+        let waiting = container.attaching.take();
+        let reply = match failure {
+            None => ControlReply::Done,
+            Some(message) => {
+                container.workload.abandon();
+                self.containers.remove(key);
+                ControlReply::Error { message }
+            }
+        };
         self.answer(waiting.map(|waiting| waiting.key), &reply);
+    }
+
+    /// Answers the request for a root that takes too long. The container is removed, so
+    /// that it can be tried again.
+    pub(super) fn attach_deadline(&mut self, key: Key) {
+        if let Some(container) = self.containers.get_mut(key)
+            && let Some(waiting) = container.attaching.take()
+        {
+            container.workload.abandon();
+            self.containers.remove(key);
+            let message = "mounting the root file system took too long".to_owned();
+            self.answer(Some(waiting.key), &ControlReply::Error { message });
+        }
     }
 
     /// Answers the request whose deadline has passed. Deadlines of requests that were
     /// answered before are cancelled.
-    pub(super) fn workload_deadline(&mut self, part: u8) {
+    pub(super) fn containers_deadline(&mut self, part: u8) {
         let (waiting, what) = match part {
-            part::ATTACH => {
-                self.workload.abandon();
-                (self.attaching.take(), "mounting the root file system")
-            }
             part::FREEZE => {
-                log::note_failure("thaw", self.cgroup.freeze(false));
-                self.cgroup.stop_watching();
-                (self.freezing.take(), "stopping the workload's processes")
+                log::note_failure("thaw", self.containers.group.freeze(false));
+                self.containers.group.stop_watching();
+                (self.freezing.take(), "freezing the containers' processes")
             }
             // The child cannot be killed while it blocks on a device; it does no harm.
             part::PREPARE => {
@@ -97,27 +116,27 @@ impl Agent {
 
     /// Starts to freeze; the answer is sent once every process is frozen.
     pub(crate) fn start_freeze(&mut self, key: Key) -> io::Result<()> {
-        self.cgroup.freeze(true)?;
-        self.freezing = Some(self.await_workload(part::FREEZE, key, FREEZE_DEADLINE));
+        self.containers.group.freeze(true)?;
+        self.freezing = Some(self.await_containers(part::FREEZE, key, FREEZE_DEADLINE));
         Ok(())
     }
 
-    /// Thaws the workload, which is to end. A freeze in progress is answered, because its
+    /// Thaws the containers, which are to end. A freeze in progress is answered, because its
     /// deadline would stop the watch of the cgroup that the power-off needs.
     pub(super) fn cancel_freeze(&mut self) {
-        log::note_failure("thaw", self.cgroup.freeze(false));
+        log::note_failure("thaw", self.containers.group.freeze(false));
         if let Some(waiting) = self.freezing.take() {
             self.answer(Some(waiting.key), &failed(POWERING_OFF));
         }
     }
 
-    /// Returns the answer to a freeze. A workload that cannot be confirmed as frozen is
+    /// Returns the answer to a freeze. Containers that cannot be confirmed as frozen are
     /// thawed.
     pub(crate) fn frozen(&mut self, result: io::Result<Events>) -> ControlReply {
         match result {
             Ok(_) => ControlReply::Done,
             Err(error) => {
-                log::note_failure("thaw", self.cgroup.freeze(false));
+                log::note_failure("thaw", self.containers.group.freeze(false));
                 ControlReply::Error {
                     message: format!("read cgroup.events: {error}"),
                 }
@@ -127,10 +146,10 @@ impl Agent {
 
     pub(crate) fn cgroup_changed(&mut self) {
         if self.freezing.is_some() {
-            match self.cgroup.events(&self.reactor) {
+            match self.containers.group.events(&self.reactor) {
                 Ok(events) if !events.frozen => {}
                 result => {
-                    self.cgroup.stop_watching();
+                    self.containers.group.stop_watching();
                     let waiting = self.freezing.take();
                     let reply = self.frozen(result);
                     self.answer(waiting.map(|waiting| waiting.key), &reply);

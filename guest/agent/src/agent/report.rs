@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use sm_event_loop::Key;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::ControlReply;
 
 use super::Agent;
@@ -28,14 +29,17 @@ const MAX_REPORT: u64 = 16 << 10;
 impl Agent {
     /// Starts to read, in a child outside the workload's cgroup, because reports are also
     /// requested while the workload is frozen.
-    pub(crate) fn start_report(&mut self, key: Key) -> io::Result<()> {
+    pub(crate) fn start_report(&mut self, key: Key, container: &ContainerId) -> io::Result<()> {
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let mut file = File::from(rustix::fs::memfd_create("report", flags)?);
+        let container = self.containers.find(container);
+        let container = container.and_then(|key| self.containers.get(key));
+        let root = container.and_then(|container| container.workload.root());
         match workload::fork_agent(0, None)? {
             Fork::Child => {
                 // The child must not hold open connections that the parent closes.
                 sys::close_all_but(&[file.as_fd()]);
-                let reply = match self.identity.identity_report(self.workload.root()) {
+                let reply = match self.identity.identity_report(root) {
                     Ok(identity_report) => ControlReply::IdentityReport(identity_report),
                     Err(error) => ControlReply::Error {
                         message: error.to_string(),
@@ -45,7 +49,7 @@ impl Agent {
                 sys::exit_now(u8::from(file.write_all(&json).is_err()))
             }
             Fork::Parent(pid) => {
-                let waiting = self.await_workload(part::REPORT, key, DEADLINE);
+                let waiting = self.await_containers(part::REPORT, key, DEADLINE);
                 self.reporting = Some((waiting, pid, file));
                 Ok(())
             }

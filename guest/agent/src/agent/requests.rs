@@ -1,11 +1,9 @@
 //! Control requests and their handlers.
 
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
-use rustix::mount::{MountFlags, mount};
 use sm_event_loop::Key;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Refreshed};
 
 use super::Agent;
@@ -37,18 +35,28 @@ impl Agent {
             ControlRequest::Hello(_) => ControlReply::Hello(self.facts.hello()),
             ControlRequest::Refresh(refresh) => return self.refresh(key, &refresh),
             ControlRequest::AttachRoot(plan) => return self.attach_root(key, &plan),
-            ControlRequest::Mount { mounts } => return self.mount(key, &mounts),
+            ControlRequest::Mount { container, mounts } => {
+                return self.mount(key, &container, &mounts);
+            }
             ControlRequest::Freeze => return self.freeze(key),
-            ControlRequest::Thaw => done_or("thaw the workload", self.cgroup.freeze(false)),
+            ControlRequest::Thaw => {
+                done_or("thaw the containers", self.containers.group.freeze(false))
+            }
             ControlRequest::PrepareSnapshot => return self.prepare(key),
-            ControlRequest::SignalMain { signal, stop } => self.signal_main(signal, stop),
+            ControlRequest::SignalMain {
+                container,
+                signal,
+                stop,
+            } => self.signal_main(&container, signal, stop),
             ControlRequest::PowerOff { .. } if self.power.is_some() => failed(POWERING_OFF),
             ControlRequest::PowerOff { grace_ms } => {
                 self.start_power_off(key, Duration::from_millis(grace_ms));
                 return None;
             }
-            ControlRequest::Stats => ControlReply::Stats(self.stats()),
-            ControlRequest::IdentityReport => return self.identity_report(key),
+            ControlRequest::Stats { container } => ControlReply::Stats(self.stats(&container)),
+            ControlRequest::IdentityReport { container } => {
+                return self.identity_report(key, &container);
+            }
         })
     }
 
@@ -57,8 +65,9 @@ impl Agent {
             return Some(failed(error));
         }
         // If this guest is a clone, earlier counts belong to another VM.
-        self.cgroup.reset_counts();
-        self.exec_oom_kills = 0;
+        for container in self.containers.iter_mut() {
+            container.reset_counts();
+        }
         self.check_vmgenid();
         let waits = refresh.vmgenid_wait_ms > 0 && self.kernel_log.is_some();
         if !self.vmgenid_seen && waits && self.refreshing.is_none() {
@@ -78,21 +87,25 @@ impl Agent {
     }
 
     fn attach_root(&mut self, key: Key, plan: &AttachRoot) -> Option<ControlReply> {
-        if self.workload.exists() {
-            return Some(failed("a root file system is already attached"));
+        let id = &plan.container;
+        if self.containers.find(id).is_some() {
+            let text = format_args!("container {id} has a root file system already");
+            return Some(failed(text));
         }
         if let Err(error) = self.identity.prepare(plan) {
             return Some(failed(error));
         }
-        if let Err(error) = mount_devpts(&self.workload.devpts()) {
-            return Some(failed(format_args!("mount devpts: {error}")));
+        let created = match self.containers.create(id) {
+            Ok(created) => created,
+            Err(error) => return Some(failed(error)),
+        };
+        let files = self.identity.directory();
+        let container = self.containers.get_mut(created)?;
+        if let Err(error) = container.start_attach(created, plan, files, &self.reactor) {
+            self.containers.remove(created);
+            return Some(failed(format_args!("start the container's init: {error}")));
         }
-        self.cgroup.offer_controllers();
-        let cgroup = self.cgroup.directory();
-        if let Err(error) = self.workload.start_attach(plan, cgroup, &self.reactor) {
-            return Some(failed(format_args!("start the workload's init: {error}")));
-        }
-        self.await_root(key);
+        self.await_root(created, key);
         None
     }
 
@@ -102,15 +115,15 @@ impl Agent {
             return Some(failed(POWERING_OFF));
         }
         if self.freezing.is_some() {
-            return Some(failed("the workload is already being stopped"));
+            return Some(failed("the containers are already being frozen"));
         }
         if let Err(error) = self.start_freeze(key) {
-            return Some(failed(format_args!("freeze the workload: {error}")));
+            return Some(failed(format_args!("freeze the containers: {error}")));
         }
-        match self.cgroup.events(&self.reactor) {
+        match self.containers.group.events(&self.reactor) {
             Ok(events) if !events.frozen => None,
             result => {
-                self.cgroup.stop_watching();
+                self.containers.group.stop_watching();
                 self.freezing = None;
                 Some(self.frozen(result))
             }
@@ -127,18 +140,19 @@ impl Agent {
             .map(|error| failed(format_args!("write data back: {error}")))
     }
 
-    fn identity_report(&mut self, key: Key) -> Option<ControlReply> {
+    fn identity_report(&mut self, key: Key, container: &ContainerId) -> Option<ControlReply> {
         if self.reporting.is_some() {
             return Some(failed("the workload's files are already being read"));
         }
-        let started = self.start_report(key);
+        let started = self.start_report(key, container);
         started
             .err()
             .map(|error| failed(format_args!("read the workload's files: {error}")))
     }
 
-    fn signal_main(&mut self, signal: u8, stop: bool) -> ControlReply {
-        let main = self.workload.main();
+    fn signal_main(&mut self, id: &ContainerId, signal: u8, stop: bool) -> ControlReply {
+        let container = self.containers.named(id).ok();
+        let main = container.and_then(|(_, container)| container.workload.main());
         let pid = main
             .and_then(|key| self.sessions.get_mut(key))
             .and_then(|session| session.live_pid());
@@ -152,19 +166,7 @@ impl Agent {
                 done_or("signal the main command", sys::kill(pid, signal))
             }
             Some(_) => failed(format_args!("{signal} is not a signal number")),
-            None => failed("no main command runs in this guest"),
+            None => failed(format_args!("no main command runs in container {id}")),
         }
     }
-}
-
-/// Mounts the devpts instance for the workload's terminals.
-fn mount_devpts(target: &Path) -> std::io::Result<()> {
-    if target.join("ptmx").exists() {
-        return Ok(());
-    }
-    fs::create_dir_all(target)?;
-    let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
-    let options = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
-    mount("devpts", target, "devpts", flags, Some(options))?;
-    Ok(())
 }

@@ -33,7 +33,7 @@ impl Fixture {
             control: control.into(),
         };
         // An ordinary directory, in which the agent's writes have no effect.
-        let cgroup = Cgroup::create(directory.path(), "workload").unwrap();
+        let cgroup = Cgroup::create(directory.path(), "containers").unwrap();
         let path = directory.path().to_owned();
         Self {
             agent: Agent::new(listeners, path, cgroup, Facts::default()).unwrap(),

@@ -21,8 +21,9 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::process::Pid;
 use sm_event_loop::Key;
-use sm_guest_proto::PROTOCOL_VERSION;
-use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello, Role};
+use sm_guest_proto::container::ContainerId;
+use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Role};
+use sm_guest_proto::files::FileRequest;
 use sm_guest_proto::frame::{BULK_PAYLOAD, ExitStatus, FrameType, HEADER_LEN, parse_resize};
 
 use super::frame_limit;
@@ -61,12 +62,18 @@ pub(crate) enum SessionAction {
     Nothing,
     /// Start this command.
     Launch(Box<ExecRequest>),
-    /// Connect this client to the workload's main command.
-    AttachMain,
-    /// Signal the command with this process identifier.
-    Signal { pid: u32, signal: u8 },
-    /// List the processes.
-    ListProcesses,
+    /// Perform this operation on files.
+    Files(Box<FileRequest>),
+    /// Connect this client to the main command of a container.
+    AttachMain(ContainerId),
+    /// Signal the command of a container with this process identifier.
+    Signal {
+        container: ContainerId,
+        pid: u32,
+        signal: u8,
+    },
+    /// List the processes of a container.
+    ListProcesses(ContainerId),
     /// The session is complete and can be removed.
     Finished,
 }
@@ -97,6 +104,7 @@ struct Output {
 pub(crate) struct Session {
     client: Option<Framed>,
     phase: SessionPhase,
+    container: ContainerId,
     role: Role,
     tty: bool,
     pid: Option<Pid>,
@@ -120,6 +128,7 @@ impl Session {
         Self {
             client: Some(Framed::new(client, frame_limit)),
             phase: SessionPhase::Hello,
+            container: ContainerId::default(),
             role: Role::Exec,
             tty: false,
             pid: None,
@@ -158,6 +167,7 @@ impl Session {
         status: OwnedFd,
     ) {
         self.phase = SessionPhase::Starting;
+        self.container.clone_from(&request.container);
         self.role = request.role;
         self.tty = request.tty;
         self.pid = Some(pid);
@@ -168,17 +178,6 @@ impl Session {
             remaining: None,
         };
         self.outputs = [Some(output(ends.stdout)), ends.stderr.map(output)];
-    }
-
-    /// Answers with ERROR and EXIT without starting a command.
-    pub(crate) fn refuse(&mut self, status: u8, message: &str) {
-        if let Some(client) = &mut self.client {
-            client.send(FrameType::Error, message.as_bytes());
-        }
-        self.send_exit(ExitStatus {
-            status: u32::from(status),
-            peak_rss_kib: None,
-        });
     }
 
     fn send_exit(&mut self, exit: ExitStatus) {
@@ -208,6 +207,7 @@ impl Session {
         let unsent = std::mem::take(&mut self.unsent);
         if self.phase == SessionPhase::Running {
             let started = ExecReply::Started {
+                container: self.container.clone(),
                 pid: self.shown_pid,
             };
             if let Ok(json) = serde_json::to_vec(&started) {
@@ -325,10 +325,23 @@ impl Session {
                 Err(error) => self.refuse(125, &format!("exec: malformed request: {error}")),
             },
             (SessionPhase::Request, FrameType::Control) => match serde_json::from_slice(payload) {
-                Ok(ExecControl::AttachMain) => return SessionAction::AttachMain,
-                Ok(ExecControl::Processes) => return SessionAction::ListProcesses,
-                Ok(ExecControl::Signal { pid, signal }) => {
-                    return SessionAction::Signal { pid, signal };
+                Ok(ExecControl::Processes { container }) => {
+                    return SessionAction::ListProcesses(container);
+                }
+                Ok(ExecControl::Files(request)) => return SessionAction::Files(Box::new(request)),
+                Ok(ExecControl::AttachMain { container }) => {
+                    return SessionAction::AttachMain(container);
+                }
+                Ok(ExecControl::Signal {
+                    container,
+                    pid,
+                    signal,
+                }) => {
+                    return SessionAction::Signal {
+                        container,
+                        pid,
+                        signal,
+                    };
                 }
                 _ => self.refuse(125, "exec: unknown control message"),
             },
@@ -369,26 +382,6 @@ impl Session {
             self.signal(number);
         }
         is_meant
-    }
-
-    fn take_hello(&mut self, payload: &[u8]) {
-        match serde_json::from_slice(payload) {
-            Ok(ExecControl::Hello(hello)) if hello.protocol == PROTOCOL_VERSION => {
-                self.send_reply(&ExecReply::Hello(Hello {
-                    protocol: PROTOCOL_VERSION,
-                }));
-                self.phase = SessionPhase::Request;
-            }
-            Ok(ExecControl::Hello(hello)) => {
-                let text = format!(
-                    "this guest agent speaks exec protocol {PROTOCOL_VERSION}, the host {}; \
-                     make a new base snapshot with the host's own agent",
-                    hello.protocol
-                );
-                self.refuse(125, &text);
-            }
-            _ => self.refuse(125, "exec: the first frame must be CONTROL hello"),
-        }
     }
 
     // ---- output ----
@@ -443,6 +436,7 @@ impl Session {
         } else {
             self.phase = SessionPhase::Running;
             self.send_reply(&ExecReply::Started {
+                container: self.container.clone(),
                 pid: self.shown_pid,
             });
         }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::{ExecControl, ExecReply, ExecRequest, Hello};
 use sm_guest_proto::frame::{ExitStatus, FrameDecoder, FrameType, encode};
@@ -94,8 +95,11 @@ impl Connection {
                     output.peak_rss_kib = exit.peak_rss_kib;
                 }
                 FrameType::Control => {
-                    if let ExecReply::Started { pid } = serde_json::from_slice(&payload).unwrap() {
+                    if let ExecReply::Started { container, pid } =
+                        serde_json::from_slice(&payload).unwrap()
+                    {
                         assert!(output.stdout.is_empty(), "STARTED comes before output");
+                        assert_eq!(container, ContainerId::default());
                         output.pid = Some(pid);
                     }
                 }
@@ -127,7 +131,7 @@ pub(crate) fn start_running_with_pid(directory: &Path, request: &ExecRequest) ->
     assert!(matches!(reply, ExecReply::Hello(_)));
     let reply: ExecReply =
         serde_json::from_slice(&connection.next_kind(FrameType::Control)).unwrap();
-    let ExecReply::Started { pid } = reply else {
+    let ExecReply::Started { pid, .. } = reply else {
         panic!("{reply:?}");
     };
     (connection, pid)
@@ -135,9 +139,15 @@ pub(crate) fn start_running_with_pid(directory: &Path, request: &ExecRequest) ->
 
 /// Signals a command through a separate connection.
 pub(crate) fn signal_beside(directory: &Path, pid: u32, signal: u8) -> Output {
+    let container = ContainerId::default();
     let mut connection = Connection::open(directory, "exec");
     connection.hello();
-    let message = serde_json::to_vec(&ExecControl::Signal { pid, signal }).unwrap();
+    let message = serde_json::to_vec(&ExecControl::Signal {
+        container,
+        pid,
+        signal,
+    })
+    .unwrap();
     connection.send(FrameType::Control, &message);
     connection.collect()
 }
@@ -146,7 +156,8 @@ pub(crate) fn signal_beside(directory: &Path, pid: u32, signal: u8) -> Output {
 pub(crate) fn attach_main(directory: &Path) -> Connection {
     let mut connection = Connection::open(directory, "exec");
     connection.hello();
-    let attach = serde_json::to_vec(&ExecControl::AttachMain).unwrap();
+    let container = ContainerId::default();
+    let attach = serde_json::to_vec(&ExecControl::AttachMain { container }).unwrap();
     connection.send(FrameType::Control, &attach);
     connection
 }
@@ -193,5 +204,19 @@ impl ControlClient {
 
     pub(crate) fn reply(&mut self) -> ControlReply {
         serde_json::from_slice(&self.0.next_kind(FrameType::Control)).unwrap()
+    }
+}
+
+/// Returns the request for the figures of the only container.
+pub(crate) fn stats_request() -> ControlRequest {
+    ControlRequest::Stats {
+        container: ContainerId::default(),
+    }
+}
+
+/// Returns the request for the identity that the only container sees.
+pub(crate) fn identity_request() -> ControlRequest {
+    ControlRequest::IdentityReport {
+        container: ContainerId::default(),
     }
 }

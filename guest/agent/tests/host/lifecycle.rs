@@ -1,10 +1,14 @@
 //! Tests of the workload's life cycle: attach, main command, freeze, power-off.
 
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{ControlReply, ControlRequest, IdentityReport, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
-use crate::client::{Connection, ControlClient, attach_main, run, shell, start, start_running};
+use crate::client::{
+    Connection, ControlClient, attach_main, identity_request, run, shell, start, start_running,
+    stats_request,
+};
 use crate::{Agent, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -48,7 +52,7 @@ fn error(reply: ControlReply) -> String {
 }
 
 pub(crate) fn identity_report(agent: &Agent) -> IdentityReport {
-    match agent.control().ask(&ControlRequest::IdentityReport) {
+    match agent.control().ask(&identity_request()) {
         ControlReply::IdentityReport(identity_report) => identity_report,
         other => panic!("{other:?}"),
     }
@@ -97,7 +101,10 @@ fn requests_out_of_order() {
     let agent = Agent::bare();
     let output = run(agent.path(), &shell("true"));
     assert_eq!(output.status, Some(125));
-    assert_eq!(output.error.unwrap(), "no root file system is attached yet");
+    assert_eq!(
+        output.error.unwrap(),
+        "container main has no root file system yet"
+    );
 
     let mut connection = Connection::open(agent.path(), "control");
     connection.send(FrameType::Control, br#""freeze""#);
@@ -108,6 +115,7 @@ fn requests_out_of_order() {
     let mut control = agent.control();
     assert!(
         error(control.ask(&ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: false
         }))
@@ -131,9 +139,7 @@ fn requests_out_of_order() {
         control.ask(&ControlRequest::AttachRoot(agent.plan())),
         ControlReply::Done
     );
-    assert!(
-        error(control.ask(&ControlRequest::AttachRoot(agent.plan()))).contains("already attached")
-    );
+    assert!(error(control.ask(&ControlRequest::AttachRoot(agent.plan()))).contains("already"));
     assert!(
         attach_main(agent.path())
             .collect()
@@ -236,7 +242,7 @@ fn the_root_is_assembled() {
             .unwrap(),
         2
     );
-    let ControlReply::Stats(stats) = agent.control().ask(&ControlRequest::Stats) else {
+    let ControlReply::Stats(stats) = agent.control().ask(&stats_request()) else {
         panic!("stats");
     };
     assert_eq!(stats.processes, 0);
@@ -247,7 +253,7 @@ fn the_root_is_assembled() {
 fn cpu_time_counts_from_the_identity() {
     let agent = Agent::attached();
     let mut control = agent.control();
-    let cpu_us = |control: &mut ControlClient| match control.ask(&ControlRequest::Stats) {
+    let cpu_us = |control: &mut ControlClient| match control.ask(&stats_request()) {
         ControlReply::Stats(stats) => stats.cpu_us,
         other => panic!("{other:?}"),
     };
@@ -339,7 +345,7 @@ fn main_is_pid_one_and_survives_its_client() {
     let again = run(agent.path(), &request);
     assert_eq!(
         again.error.unwrap(),
-        "the workload's main command already runs"
+        "the container's main command already runs"
     );
     assert_eq!(
         run(
@@ -354,7 +360,7 @@ fn main_is_pid_one_and_survives_its_client() {
     let mut main = attach_main(agent.path());
     assert_eq!(
         main.next_kind(FrameType::Control),
-        br#"{"hello":{"protocol":1}}"#
+        br#"{"hello":{"protocol":2}}"#
     );
     assert_eq!(
         main.next_kind(FrameType::Control),

@@ -7,7 +7,9 @@ use sm_guest_proto::control::{ControlReply, ControlRequest, IdentityReport, Refr
 use sm_guest_proto::exec::Role;
 use sm_guest_proto::frame::FrameType;
 
-use crate::client::{Connection, ControlClient, run, shell, start_running};
+use crate::client::{
+    Connection, ControlClient, identity_request, run, shell, start_running, stats_request,
+};
 use crate::{Agent, Test, cgroup_mount, children};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -66,7 +68,7 @@ fn connections_wait_while_descriptors_are_exhausted() {
     }
     let used = cpu_ticks(agent.pid()) - before;
     assert!(used < 30, "{used} ticks in two seconds");
-    let stats = control.ask(&ControlRequest::Stats);
+    let stats = control.ask(&stats_request());
     assert!(!matches!(stats, ControlReply::Done), "{stats:?}");
     // A command for which there are no descriptors is refused.
     let request = serde_json::to_vec(&shell("true")).unwrap();
@@ -104,7 +106,7 @@ fn nowhere_to_log_to_ends_nothing() {
 }
 
 fn report(control: &mut ControlClient) -> IdentityReport {
-    match control.ask(&ControlRequest::IdentityReport) {
+    match control.ask(&identity_request()) {
         ControlReply::IdentityReport(identity_report) => identity_report,
         other => panic!("{other:?}"),
     }
@@ -185,16 +187,16 @@ fn files_that_do_not_respond_block_no_other_request() {
     let mut server = start_running(agent.path(), &shell(script));
     assert_eq!(server.next_kind(FrameType::Stdout), b"mounted\n");
     let mut asking = agent.control();
-    asking.send(&ControlRequest::IdentityReport);
+    asking.send(&identity_request());
     let mut control = agent.control();
     // The first report is in progress when this is answered.
-    let again = control.ask(&ControlRequest::IdentityReport);
+    let again = control.ask(&identity_request());
     let ControlReply::Error { message } = again else {
         panic!("{again:?}");
     };
     assert!(message.contains("already being read"), "{message}");
     assert_eq!(run(agent.path(), &shell("echo beside")).text(), "beside\n");
-    let stats = control.ask(&ControlRequest::Stats);
+    let stats = control.ask(&stats_request());
     assert!(matches!(stats, ControlReply::Stats(_)), "{stats:?}");
     let machine_id = "0123456789abcdef0123456789abcdef";
     let refreshed = control.ask(&ControlRequest::Refresh(Refresh {

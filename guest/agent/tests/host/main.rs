@@ -11,6 +11,7 @@
 
 mod client;
 mod exec;
+mod files;
 mod forward;
 mod identity;
 mod lifecycle;
@@ -24,6 +25,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 
 use client::ControlClient;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Upper};
 
 /// A running agent, which is terminated on drop.
@@ -107,6 +109,7 @@ impl Agent {
 
     pub(crate) fn plan(&self) -> AttachRoot {
         AttachRoot {
+            container: ContainerId::default(),
             lower: "/".into(),
             upper: Upper::Tmpfs { size: 64 << 20 },
             hostname: "box".into(),
@@ -127,7 +130,7 @@ impl Agent {
 
     /// Returns the contents of the file `path` for a process of the workload.
     pub(crate) fn text(&self, path: &str) -> String {
-        let procs = fs::read_to_string(self.cgroup.join("workload/cgroup.procs")).unwrap();
+        let procs = fs::read_to_string(self.cgroup.join("containers/main/cgroup.procs")).unwrap();
         let root = format!("/proc/{}/root", procs.lines().next().unwrap());
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let root = rustix::fs::open(root, flags, Mode::empty()).unwrap();
@@ -150,15 +153,22 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let workload = self.cgroup.join("workload");
-        let _ = fs::write(workload.join("cgroup.kill"), "1");
-        let _ = wait_until_empty(&workload);
-        for below in fs::read_dir(&workload).into_iter().flatten().flatten() {
-            let _ = fs::remove_dir(below.path());
-        }
-        let _ = fs::remove_dir(workload);
+        let containers = self.cgroup.join("containers");
+        let _ = fs::write(containers.join("cgroup.kill"), "1");
+        let _ = wait_until_empty(&containers);
+        remove_groups(&containers);
         let _ = fs::remove_dir(&self.cgroup);
     }
+}
+
+/// Removes an empty cgroup with its descendants.
+fn remove_groups(group: &Path) {
+    for below in fs::read_dir(group).into_iter().flatten().flatten() {
+        if below.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_groups(&below.path());
+        }
+    }
+    let _ = fs::remove_dir(group);
 }
 
 /// Returns the children of a single-threaded process.
@@ -232,6 +242,7 @@ fn main() -> ExitCode {
         .filter(|argument| !argument.starts_with('-'));
     let tests = [
         exec::TESTS,
+        files::TESTS,
         forward::TESTS,
         identity::TESTS,
         lifecycle::TESTS,

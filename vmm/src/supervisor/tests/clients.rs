@@ -1,6 +1,7 @@
 //! Many clients, and too few descriptors.
 
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 fn connect(f: &Fixture) -> FramedPeer {
     FramedPeer(UnixStream::connect(f.record.control_socket()).unwrap())
@@ -45,6 +46,7 @@ fn hundreds_of_waiting_clients_do_not_prevent_a_stop() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }
@@ -189,6 +191,7 @@ fn a_process_without_descriptors_serves_clients_one_by_one() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }

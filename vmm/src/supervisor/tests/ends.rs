@@ -1,6 +1,7 @@
 //! The end of a VM.
 
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 #[test]
 fn waiting_clients_are_notified_of_the_end() {
@@ -72,6 +73,7 @@ fn stopping_signals_first() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }
@@ -94,6 +96,7 @@ fn stopping_kills_after_the_grace() {
         assert_eq!(
             request,
             ControlRequest::SignalMain {
+                container: ContainerId::default(),
                 signal,
                 stop: signal == 15
             }
@@ -114,6 +117,7 @@ fn termination_of_the_process_stops_the_workload() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }
@@ -128,7 +132,12 @@ fn an_unexplained_kill_is_checked_for_lack_of_memory() {
     let (mut agent, mut main) = f.start();
     main.exit(137);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Stats);
+    assert_eq!(
+        request,
+        ControlRequest::Stats {
+            container: ContainerId::default(),
+        }
+    );
     agent.send_json(&ControlReply::Stats(GuestStats {
         oom_kills: 1,
         main_oom_kills: 1,
@@ -147,7 +156,12 @@ fn a_kill_is_not_for_lack_of_memory_because_something_else_ran_out_of_it() {
     let (mut agent, mut main) = f.start();
     main.exit(137);
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Stats);
+    assert_eq!(
+        request,
+        ControlRequest::Stats {
+            container: ContainerId::default(),
+        }
+    );
     agent.send_json(&ControlReply::Stats(GuestStats {
         oom_kills: 3,
         main_oom_kills: 0,
@@ -261,6 +275,7 @@ fn a_paused_vm_that_is_stopped_runs_first() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }

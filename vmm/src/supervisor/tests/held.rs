@@ -2,6 +2,7 @@
 
 use super::snapshots::{ask_for_snapshot, expect_thaw, freeze, published};
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 /// Memory may be large and the disk slow: no other client waits for that.
 #[test]
@@ -135,7 +136,10 @@ fn the_time_to_start_does_not_pass_while_memory_is_copied() {
     f.dial.send(SupervisorEvent::Captured(Ok(())));
     expect_thaw(&mut agent);
     let _: ExecRequest = main.receive_json(FrameType::Request);
-    main.send_json(&ExecReply::Started { pid: 1 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 1,
+    });
     main.exit(0);
     f.finish();
     assert_eq!(f.exit().status, 0);

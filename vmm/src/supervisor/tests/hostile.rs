@@ -1,6 +1,7 @@
 //! Guests that violate the protocol.
 
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 #[test]
 fn an_agent_of_another_version_is_refused_with_a_sentence() {
@@ -30,7 +31,11 @@ fn a_workload_starts_once() {
     let mut f = fixture(SupervisorSetup::default());
     let (_agent, mut main) = f.start();
     // One write: the stream is closed after the first of these messages.
-    let started = serde_json::to_vec(&ExecReply::Started { pid: 42 }).unwrap();
+    let started = serde_json::to_vec(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    })
+    .unwrap();
     let mut bytes = Vec::new();
     for _ in 0..3 {
         frame::encode(FrameType::Control, &started, &mut bytes).unwrap();
@@ -51,7 +56,10 @@ fn a_workload_does_not_start_before_its_request() {
     let mut agent = f.dial();
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     let mut main = FramedPeer(f.connections.recv().unwrap().1);
-    main.send_json(&ExecReply::Started { pid: 42 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    });
     assert_eq!(f.events(), ["exit 125", "ended 125"]);
     f.finish();
     assert_eq!(f.exit().reason, ExitReason::StartFailed);
@@ -94,7 +102,12 @@ fn an_answer_is_short() {
     let mut control = f.control();
     let asked = std::thread::spawn(move || control.call(&ControlCall::Stats));
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::Stats);
+    assert_eq!(
+        request,
+        ControlRequest::Stats {
+            container: ContainerId::default(),
+        }
+    );
     // The header alone suffices.
     let header = FrameHeader {
         kind: FrameType::Control,

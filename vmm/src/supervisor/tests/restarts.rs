@@ -1,6 +1,7 @@
 //! Runs that follow by a restart policy.
 
 use sm_control::config::RestartPolicy;
+use sm_guest_proto::container::ContainerId;
 
 use super::*;
 
@@ -156,6 +157,7 @@ fn a_run_that_lasts_too_long_is_stopped() {
     let (mut agent, mut main) = f.start();
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     let stop = ControlRequest::SignalMain {
+        container: ContainerId::default(),
         signal: 15,
         stop: true,
     };

@@ -1,6 +1,7 @@
 //! Signals of clients, and what the guest answers.
 
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 type Asked = std::thread::JoinHandle<Result<ControlAnswer, sm_control::ControlError>>;
 
@@ -14,7 +15,14 @@ pub(super) fn ask(f: &Fixture, signal: u8) -> Asked {
 pub(super) fn expect(agent: &mut FramedPeer, signal: u8) {
     let request: ControlRequest = agent.receive_json(FrameType::Control);
     let stop = false;
-    assert_eq!(request, ControlRequest::SignalMain { signal, stop });
+    assert_eq!(
+        request,
+        ControlRequest::SignalMain {
+            container: ContainerId::default(),
+            signal,
+            stop
+        }
+    );
 }
 
 #[test]
@@ -109,7 +117,7 @@ fn an_answer_counts_although_the_end_is_seen_first() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (FramedPeer(ours), theirs)
     };
-    supervisor.agent = Some(AgentLink::new(ours).unwrap());
+    supervisor.agent = Some(AgentLink::new(ours, ContainerId::default()).unwrap());
     supervisor.stage = stage::SupervisorStage::Running(stage::RunningStage::default());
     let id = supervisor.next_client;
     let role = super::super::clients::ClientRole::Control;

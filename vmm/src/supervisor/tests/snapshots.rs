@@ -1,5 +1,6 @@
 //! Snapshots, clones and resets.
 
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::control::IdentityReport;
 
 use super::held::until;
@@ -166,7 +167,10 @@ fn a_starting_vm_is_not_paused() {
     let error = f.control().call(&ControlCall::Pause).unwrap_err();
     assert!(error.to_string().contains("has not started yet"), "{error}");
     assert!(!*f.guest.paused.lock().unwrap());
-    main.send_json(&ExecReply::Started { pid: 1 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 1,
+    });
     main.exit(0);
     f.finish();
 }
@@ -258,8 +262,16 @@ fn a_clone_gets_its_identity_before_its_workload_goes_on() {
     let (mut agent, mut main) = restored(&mut f, true);
     expect_thaw(&mut agent);
     let attach: ExecControl = main.receive_json(FrameType::Control);
-    assert_eq!(attach, ExecControl::AttachMain);
-    main.send_json(&ExecReply::Started { pid: 42 });
+    assert_eq!(
+        attach,
+        ExecControl::AttachMain {
+            container: ContainerId::default(),
+        }
+    );
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    });
     main.send(FrameType::Stdout, b"on");
     main.exit(0);
     let events = f.events();
@@ -291,7 +303,10 @@ fn an_image_snapshot_needs_no_root_attached() {
     expect_thaw(&mut agent);
     let request: ExecRequest = main.receive_json(FrameType::Request);
     assert_eq!(request.role, Role::Main);
-    main.send_json(&ExecReply::Started { pid: 1 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 1,
+    });
     main.exit(0);
     f.finish();
 }
@@ -311,7 +326,10 @@ fn an_image_snapshot_is_of_a_frozen_guest() {
     expect_thaw(&mut agent);
     assert_eq!(*f.guest.roots.lock().unwrap(), 1);
     let _: ExecRequest = main.receive_json(FrameType::Request);
-    main.send_json(&ExecReply::Started { pid: 1 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 1,
+    });
     main.exit(0);
     f.finish();
 }
@@ -330,7 +348,10 @@ fn a_guest_that_does_not_freeze_starts_without_an_image_snapshot() {
     expect_thaw(&mut agent);
     let _: ExecRequest = main.receive_json(FrameType::Request);
     assert_eq!(*f.guest.roots.lock().unwrap(), 0);
-    main.send_json(&ExecReply::Started { pid: 1 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 1,
+    });
     main.exit(0);
     f.finish();
 }
@@ -424,7 +445,10 @@ fn a_reset_machine_has_a_new_identity() {
     let (mut agent, mut main) = restored(&mut f, true);
     expect_thaw(&mut agent);
     let _: ExecControl = main.receive_json(FrameType::Control);
-    main.send_json(&ExecReply::Started { pid: 42 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    });
     main.send(FrameType::Stdout, b"one");
     let status = f.control().call(&ControlCall::Status).unwrap();
     assert!(matches!(status, ControlAnswer::Status(_)));
@@ -438,8 +462,16 @@ fn a_reset_machine_has_a_new_identity() {
     let (mut agent, mut main) = answer_as_restored(&mut f, FramedPeer(stream), true);
     expect_thaw(&mut agent);
     let attach: ExecControl = main.receive_json(FrameType::Control);
-    assert_eq!(attach, ExecControl::AttachMain);
-    main.send_json(&ExecReply::Started { pid: 42 });
+    assert_eq!(
+        attach,
+        ExecControl::AttachMain {
+            container: ContainerId::default(),
+        }
+    );
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    });
     assert!(matches!(asked.join().unwrap(), Ok(ControlAnswer::Done)));
     main.send(FrameType::Stdout, b"one again");
     main.exit(0);
@@ -456,7 +488,10 @@ fn a_reset_in_progress_refuses_what_needs_the_machine_and_can_be_stopped() {
         ..SupervisorSetup::default()
     });
     let (_agent, mut main) = restored(&mut f, true);
-    main.send_json(&ExecReply::Started { pid: 42 });
+    main.send_json(&ExecReply::Started {
+        container: ContainerId::default(),
+        pid: 42,
+    });
     let session = f.launcher.as_mut().unwrap();
     while !matches!(
         session.next_event().unwrap().unwrap(),
@@ -525,7 +560,13 @@ fn a_machine_started_for_its_identity_report_lives_as_long_as_its_launcher() {
         ..Refreshed::default()
     }));
     let request: ControlRequest = agent.receive_json(FrameType::Control);
-    assert_eq!(request, ControlRequest::IdentityReport, "and no thaw");
+    assert_eq!(
+        request,
+        ControlRequest::IdentityReport {
+            container: ContainerId::default(),
+        },
+        "and no thaw"
+    );
     agent.send_json(&ControlReply::IdentityReport(IdentityReport::default()));
     let mut launcher = f.launcher.take().unwrap();
     let told = std::iter::from_fn(|| match launcher.next_event().unwrap().unwrap() {
