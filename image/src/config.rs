@@ -102,6 +102,9 @@ pub struct Config {
     /// Signal that asks a container to exit, such as `SIGTERM`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
+    /// Instructions for builds on this image, as in a Containerfile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_build: Option<Vec<String>>,
     /// Check of a container's health: an extension of Docker's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub healthcheck: Option<Healthcheck>,

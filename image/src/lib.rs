@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `source` | registries, engines, storages, archives and directories |
 //! | `documents`, `reference`, `platform` | JSON of images, their names, choosing one of several |
-//! | `layer`, `pipeline`, `tar` | conversion of a layer: digests, decompression, entries and whiteouts |
+//! | `layer`, `pipeline` | conversion of a layer: digests, decompression, entries and whiteouts |
 //! | `blob`, `index`, `skeleton` | the parts of a converted layer |
 //! | `tree` | the layers of an image merged: whiteouts, opaque directories and links applied |
 //! | `erofs` | the metadata image |
@@ -58,7 +58,6 @@ mod reference;
 mod skeleton;
 mod source;
 mod store;
-mod tar;
 mod tree;
 
 pub use builder::{Compression, LayoutBuilder, MemoryFile};
@@ -76,6 +75,6 @@ pub use source::{OpenBlob, Pushed, Pusher};
 #[cfg(feature = "archive")]
 pub use store::Loaded;
 pub use store::{
-    FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions, Pruned,
+    Commit, FindUsers, ImageDetails, ImageSummary, ImageUsage, LayerDetails, PruneOptions, Pruned,
     PullOptions, Store, StoredImage, StoredSegment, Usage, Users, Verified,
 };

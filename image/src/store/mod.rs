@@ -22,6 +22,7 @@
 //! between its check and its removal.
 
 mod collect;
+mod commit;
 mod damaged;
 #[cfg(any(feature = "archive", feature = "registry"))]
 mod export;
@@ -51,6 +52,7 @@ use std::sync::Arc;
 use rustix::fs::{FlockOperation, flock};
 
 pub use self::collect::{FindUsers, PruneOptions, Pruned, Users};
+pub use self::commit::Commit;
 #[cfg(feature = "archive")]
 pub use self::load::Loaded;
 pub use self::names::ImageSummary;
