@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand};
 
+mod files;
 mod image;
 mod life;
 mod run;
@@ -9,6 +10,7 @@ mod snapshot;
 mod system;
 mod volume;
 
+pub(crate) use files::{CommitArgs, CpArgs, DiffArgs, ExportArgs};
 pub(crate) use image::{
     HistoryArgs, ImageCommand, ImageNames, ImagesArgs, ImportArgs, LoadArgs, PruneArgs, PullArgs,
     PushArgs, RmiArgs, SaveArgs, TagArgs, VerifyArgs,
@@ -94,6 +96,15 @@ pub(crate) enum Command {
     Top(TopArgs),
     /// Show the resource usage of a running VM
     Stats(StatsArgs),
+    /// Copy files between a running VM and this host
+    Cp(CpArgs),
+    /// List what a running VM has changed in its root file system: A added, C changed,
+    /// D deleted
+    Diff(DiffArgs),
+    /// Write the root file system of a running VM to a tar archive
+    Export(ExportArgs),
+    /// Create an image from the changes of a running VM
+    Commit(CommitArgs),
     /// Manage images in the local store
     #[command(subcommand)]
     Image(ImageCommand),

@@ -10,6 +10,7 @@ use sm_control::workload::WorkloadError;
 use sm_image::Platform;
 use thiserror::Error;
 
+use crate::files::FilesError;
 use crate::guest_agent::AgentError;
 use crate::home::HomeError;
 use crate::kernel::KernelError;
@@ -67,6 +68,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// An operation on files failed.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The VM did not start its workload.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -357,6 +361,7 @@ impl Error {
             Self::Snapshot(error) => kind_of_snapshot(error),
             Self::Volume(error) => error.kind(),
             Self::Vmm { source, .. } | Self::File { source, .. } => kind_of_io(source),
+            Self::Files(error) => kind_of_io(&error.kind().into()),
             Self::Start(StartError::Command { .. }) => ErrorKind::Command,
             Self::Start(_) => ErrorKind::Start,
             Self::NotRunning(_) => ErrorKind::NotRunning,

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use sm_control::Control;
 use sm_control::launch::{ControlAnswer, ControlCall, Stage};
-use sm_control::session::{Aside, Event, Output, Session};
+use sm_control::session::{Aside, Event, Output, Session, SessionWriter};
 use sm_control::timed::{connect_until, timed_out};
 use sm_control::workload::merge_env;
 use sm_guest_proto::PROTOCOL_VERSION;
+use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::exec::{ExecControl, ExecRequest, GuestProcess, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
 
@@ -134,27 +135,14 @@ impl ExecBuilder {
             });
         };
         note(EventAction::ExecCreate);
-        let stream = connect_exec(&self.record)?;
-        let timeout = self.send_timeout;
-        let open = || {
-            // A guest that hangs accepts only as many bytes as the buffers on the path
-            // hold.
-            let socket = stream.try_clone()?;
-            socket.set_write_timeout(Some(timeout))?;
-            let session = Session::new(stream, Some(Aside::exec(self.record.exec_endpoint())))?;
-            let writer = session.writer();
-            let hello = Hello {
-                protocol: PROTOCOL_VERSION,
-            };
-            writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
-            writer.send_json(FrameType::Request, &request)?;
-            socket.set_write_timeout(None)?;
-            Ok(session)
-        };
-        let session = open().map_err(timed_out).map_err(|source| Error::Vmm {
-            operation: "send the command to the VM",
-            source,
-        })?;
+        let aside = Aside::exec(self.record.exec_endpoint(), request.container.clone());
+        let session = open_session(
+            &self.record,
+            Some(aside),
+            self.send_timeout,
+            "send the command to the VM",
+            |writer| writer.send_json(FrameType::Request, &request),
+        )?;
         note(EventAction::ExecStart);
         let record = self.record.clone();
         Ok(session.when_exited(move |status| {
@@ -178,6 +166,43 @@ impl ExecBuilder {
     }
 }
 
+/// Opens a session without a command; `send` sends the request.
+pub(crate) fn start_session(
+    record: &Record,
+    operation: &'static str,
+    send: impl FnOnce(&SessionWriter) -> io::Result<()>,
+) -> Result<Session, Error> {
+    refuse_unless_running(record)?;
+    open_session(record, None, EXEC_TIMEOUT, operation, send)
+}
+
+fn open_session(
+    record: &Record,
+    aside: Option<Aside>,
+    timeout: Duration,
+    operation: &'static str,
+    send: impl FnOnce(&SessionWriter) -> io::Result<()>,
+) -> Result<Session, Error> {
+    let stream = connect_exec(record)?;
+    let open = || {
+        // A guest that hangs accepts only as many bytes as the buffers on the path hold.
+        let socket = stream.try_clone()?;
+        socket.set_write_timeout(Some(timeout))?;
+        let session = Session::new(stream, aside)?;
+        let writer = session.writer();
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+        };
+        writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
+        send(&writer)?;
+        socket.set_write_timeout(None)?;
+        Ok(session)
+    };
+    open()
+        .map_err(timed_out)
+        .map_err(|source| Error::Vmm { operation, source })
+}
+
 /// Most bytes of a list of processes that are read from a guest.
 const MAX_LIST: usize = 8 << 20;
 
@@ -198,7 +223,8 @@ pub(crate) fn processes(record: &Record) -> Result<Vec<GuestProcess>, Error> {
             protocol: PROTOCOL_VERSION,
         };
         writer.send_json(FrameType::Control, &ExecControl::Hello(hello))?;
-        writer.send_json(FrameType::Control, &ExecControl::Processes)?;
+        let container = ContainerId::default();
+        writer.send_json(FrameType::Control, &ExecControl::Processes { container })?;
         let mut list = Vec::new();
         let mut refusal = None;
         while let Some(event) = session.next_event()? {

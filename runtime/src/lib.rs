@@ -42,12 +42,14 @@
 #[doc = include_str!("../README.md")]
 struct Readme;
 
+pub mod commit;
 mod digests;
 mod doctor;
 mod entry;
 mod error;
 pub mod events;
 pub mod exec;
+pub mod files;
 mod guest_agent;
 mod home;
 pub mod image;

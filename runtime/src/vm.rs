@@ -164,6 +164,7 @@ impl Vm {
         }
     }
 
+    /// Returns its record.
     pub(crate) fn record(&self) -> &Record {
         &self.record
     }

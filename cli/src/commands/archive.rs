@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use sm_runtime::Sm;
-use sm_runtime::image::{Progress, PullOptions};
+use sm_runtime::image::{Config, Progress, PullOptions};
 
-mod change;
+pub(super) mod change;
 
 use crate::args::{ImportArgs, LoadArgs, SaveArgs};
 use crate::failure::Failure;
@@ -48,17 +48,7 @@ pub(crate) fn save(sm: &Sm, args: &SaveArgs, printer: &Printer) -> Result<u32, F
             out.flush().with_context(cannot)?;
         }
         Destination::File(path) => {
-            // An existing file is replaced only by a complete archive.
-            let directory = match path.parent() {
-                Some(parent) if !parent.as_os_str().is_empty() => parent,
-                _ => ".".as_ref(),
-            };
-            // The usual mode of a new file, not the private mode of temporary files.
-            let permissions = std::fs::Permissions::from_mode(0o666);
-            let file = tempfile::Builder::new()
-                .permissions(permissions)
-                .tempfile_in(directory)
-                .with_context(cannot)?;
+            let file = new_file(&path).with_context(cannot)?;
             let mut out = BufWriter::with_capacity(1 << 20, file);
             sm.images().save(&args.images, &mut out, &options)?;
             out.flush().with_context(cannot)?;
@@ -69,9 +59,22 @@ pub(crate) fn save(sm: &Sm, args: &SaveArgs, printer: &Printer) -> Result<u32, F
     Ok(0)
 }
 
+/// Creates a file beside `path`, which replaces that only when the archive is complete.
+pub(super) fn new_file(path: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => ".".as_ref(),
+    };
+    // The usual mode of a new file, not the private mode of temporary files.
+    let permissions = std::fs::Permissions::from_mode(0o666);
+    tempfile::Builder::new()
+        .permissions(permissions)
+        .tempfile_in(directory)
+}
+
 /// The destination of a path for output.
 #[derive(Debug, PartialEq)]
-enum Destination {
+pub(super) enum Destination {
     /// A regular file or a free name, after following symbolic links.
     File(PathBuf),
     /// A pipe.
@@ -79,7 +82,7 @@ enum Destination {
 }
 
 /// Resolves the destination `path`. Devices are refused, as by Docker.
-fn destination(path: &Path) -> io::Result<Destination> {
+pub(super) fn destination(path: &Path) -> io::Result<Destination> {
     let refuse = |what: &str| {
         let text = format!("it is {what}: name a file, or redirect standard output");
         Err(io::Error::other(text))
@@ -149,7 +152,8 @@ pub(crate) fn load(sm: &Sm, args: &LoadArgs, printer: &Printer) -> Result<u32, F
 }
 
 pub(crate) fn import(sm: &Sm, args: &ImportArgs, printer: &Printer) -> Result<u32, Failure> {
-    let config = change::apply(&args.change)?;
+    let mut config = Config::default();
+    change::apply(&args.change, &mut config)?;
     let bars = Bars::new(printer, false, "Reading");
     let report = |progress: Progress<'_>| bars.show(progress);
     let options = PullOptions::new()

@@ -3,6 +3,7 @@
 mod archive;
 mod events;
 mod exec;
+mod files;
 mod images;
 mod kernel;
 mod lifecycle;
@@ -50,6 +51,10 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Top(args) => top::top(&sm()?, &args, printer),
         Command::System(command) => system::run(&sm()?, &command, printer),
         Command::Stats(args) => list::stats(&sm()?, &args, printer),
+        Command::Cp(args) => files::cp(&sm()?, &args, printer),
+        Command::Diff(args) => files::diff(&sm()?, &args, printer),
+        Command::Export(args) => files::export(&sm()?, &args),
+        Command::Commit(args) => files::commit(&sm()?, &args, printer),
         Command::Image(command) => images::run(&sm()?, command, printer),
         Command::Images(args) => images::list(&sm()?, &args, printer),
         Command::Pull(args) => images::pull(&sm()?, &args, printer),

@@ -202,7 +202,10 @@ fn processes_are_listed_by_the_agent() {
             let (kind, request) = receive(&mut session).unwrap();
             assert_eq!(
                 (kind, request),
-                (FrameType::Control, b"\"processes\"".to_vec())
+                (
+                    FrameType::Control,
+                    br#"{"processes":{"container":"main"}}"#.to_vec()
+                )
             );
             let status = if refused {
                 send(

@@ -14,6 +14,7 @@ pub use sm_image::{
 use sm_image::{ImageConfig, Reference, Store, StoredImage};
 
 pub use self::store::Images;
+pub(crate) use self::store::docker_name;
 use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;
 use crate::{Error, Refusal};

@@ -210,7 +210,7 @@ impl Images {
     }
 }
 
-fn docker_name(name: &str) -> Result<DockerReference, Error> {
+pub(crate) fn docker_name(name: &str) -> Result<DockerReference, Error> {
     DockerReference::parse(name).map_err(|reason| {
         OptionError::ImageName {
             name: name.to_owned(),

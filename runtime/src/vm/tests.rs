@@ -2,6 +2,7 @@
 //! the agents.
 
 mod exec;
+mod files;
 mod killed;
 mod load;
 mod logs;

@@ -1,11 +1,13 @@
 //! Instructions that set fields of an image's configuration, as in a Containerfile.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use sm_runtime::image::Config;
 
-/// Returns the configuration that results from `instructions`.
-pub(super) fn apply(instructions: &[String]) -> Result<Config> {
-    let mut config = Config::default();
+/// Applies `instructions` to a configuration.
+pub(in crate::commands) fn apply(instructions: &[String], config: &mut Config) -> Result<()> {
+    let mut has_cmd = false;
     for text in instructions {
         let (name, value) = text
             .trim()
@@ -18,12 +20,40 @@ pub(super) fn apply(instructions: &[String]) -> Result<Config> {
             );
         }
         match name.to_ascii_uppercase().as_str() {
-            "CMD" => config.cmd = Some(command(value)?),
-            "ENTRYPOINT" => config.entrypoint = Some(command(value)?),
+            "CMD" => {
+                config.cmd = Some(command(value)?);
+                has_cmd = true;
+            }
+            "ENTRYPOINT" => {
+                config.entrypoint = Some(command(value)?);
+                // The arguments were for another program.
+                if !has_cmd {
+                    config.cmd = None;
+                }
+            }
             "USER" => config.user = Some(value.to_owned()),
-            "WORKDIR" => config.working_dir = Some(value.to_owned()),
+            "WORKDIR" => {
+                let before = config.working_dir.as_deref().unwrap_or("/");
+                let path = Path::new("/").join(before).join(value);
+                config.working_dir = Some(path.to_string_lossy().into_owned());
+            }
+            "ONBUILD" => config
+                .on_build
+                .get_or_insert_default()
+                .push(value.to_owned()),
             "STOPSIGNAL" => config.stop_signal = Some(value.to_owned()),
-            "ENV" => config.env.get_or_insert_default().push(pair(text, value)?),
+            "ENV" => {
+                let pair = pair(text, value)?;
+                let name = pair.split('=').next().unwrap_or_default();
+                let env = config.env.get_or_insert_default();
+                let known = env
+                    .iter_mut()
+                    .find(|entry| entry.split('=').next() == Some(name));
+                match known {
+                    Some(known) => *known = pair,
+                    None => env.push(pair),
+                }
+            }
             "LABEL" => {
                 let pair = pair(text, value)?;
                 let (key, value) = pair.split_once('=').unwrap_or((&pair, ""));
@@ -45,11 +75,11 @@ pub(super) fn apply(instructions: &[String]) -> Result<Config> {
             }
             other => bail!(
                 "--change \"{text}\": \"{other}\" is not known; there are CMD, ENTRYPOINT, ENV, \
-                 EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME and WORKDIR"
+                 EXPOSE, LABEL, ONBUILD, STOPSIGNAL, USER, VOLUME and WORKDIR"
             ),
         }
     }
-    Ok(config)
+    Ok(())
 }
 
 /// Parses a JSON array of words, or wraps a line in a shell command.
@@ -83,8 +113,39 @@ mod tests {
     use super::*;
 
     fn of(instructions: &[&str]) -> Result<Config> {
+        let mut config = Config::default();
+        change(&mut config, instructions)?;
+        Ok(config)
+    }
+
+    fn change(config: &mut Config, instructions: &[&str]) -> Result<()> {
         let owned: Vec<_> = instructions.iter().map(|text| (*text).to_owned()).collect();
-        apply(&owned)
+        apply(&owned, config)
+    }
+
+    #[test]
+    fn instructions_change_what_is_there() {
+        let mut config = of(&[
+            "ENTRYPOINT [\"a\"]",
+            "CMD b",
+            "ENV A=1",
+            "ENV B=2",
+            "WORKDIR /srv",
+        ])
+        .unwrap();
+        change(
+            &mut config,
+            &["ENV A=3", "WORKDIR sub", "LABEL k=v", "ONBUILD RUN x"],
+        )
+        .unwrap();
+        assert_eq!(config.env.clone().unwrap(), ["A=3", "B=2"]);
+        assert_eq!(config.working_dir.as_deref(), Some("/srv/sub"));
+        assert_eq!(config.on_build.clone().unwrap(), ["RUN x"]);
+        assert!(config.cmd.is_some());
+        change(&mut config, &["ENTRYPOINT [\"c\"]"]).unwrap();
+        assert_eq!(config.cmd, None);
+        change(&mut config, &["CMD d", "ENTRYPOINT [\"e\"]"]).unwrap();
+        assert!(config.cmd.is_some());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::thread;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::*;
+use sm_guest_proto::container::ContainerId;
 
 /// Number of clients of each kind.
 const CLIENTS: usize = 120;
@@ -25,7 +26,10 @@ fn serve_exec(listener: &UnixListener, commands: usize) {
         let mut peer = FramedPeer(stream.unwrap());
         let _: ExecControl = peer.receive_json(FrameType::Control);
         let request: ExecRequest = peer.receive_json(FrameType::Request);
-        peer.send_json(&ExecReply::Started { pid: 7 });
+        peer.send_json(&ExecReply::Started {
+            container: ContainerId::default(),
+            pid: 7,
+        });
         peer.send(FrameType::Stdout, request.argv[0].as_bytes());
         peer.exit(0);
     }
@@ -96,6 +100,7 @@ fn hundreds_of_clients_of_all_kinds_do_not_prevent_control() {
     assert_eq!(
         request,
         ControlRequest::SignalMain {
+            container: ContainerId::default(),
             signal: 15,
             stop: true
         }
