@@ -154,7 +154,7 @@ fn bad_mounts_are_refused() {
     let home = Home::shared();
     for (options, why) in [
         (["-v", "/no/such/directory:/x"], "/no/such/directory"),
-        (["-v", "x:relative"], "no option of a volume"),
+        (["-v", "x:relative"], "no option of this mount"),
         (["--tmpfs", "/t:size=much"], "no size"),
         (["--mount", "type=tmpfs"], "no target"),
     ] {
