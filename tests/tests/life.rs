@@ -128,7 +128,7 @@ fn a_workload_that_fails_is_restarted_until_it_is_stopped() {
     home.sm(&["stop", &vm.name]).exits(0);
     let ended = vm.inspect();
     assert_eq!(ended["State"]["Status"], "exited");
-    assert_eq!(ended["exit"]["stopped"], true);
+    assert_eq!(ended["state"]["exit"]["stopped"], true);
     let count = ended["RestartCount"].as_u64().expect("a number");
     assert!(count >= 2, "{ended}");
     let actions = actions(home, &vm.name);
@@ -178,7 +178,7 @@ fn a_vm_ends_when_its_time_is_over() {
     let home = Home::shared();
     let vm = home.detached(&["--expire", "1s", &image("busybox"), "sleep", "1000"]);
     home.sm(&["wait", &vm.name]).exits(0);
-    assert_eq!(vm.inspect()["exit"]["stopped"], true);
+    assert_eq!(vm.inspect()["state"]["exit"]["stopped"], true);
 }
 
 #[test]
@@ -282,19 +282,18 @@ fn the_health_of_a_workload_is_watched() {
 fn processes_of_a_guest_are_listed() {
     let home = Home::shared();
     let vm = home.detached(&[&image("busybox"), "sh", "-c", "sleep 1234; true"]);
-    until("both run", || {
-        let listed = home
-            .sm(&["top", &vm.name, "-o", "pid,ppid,user,cmd"])
-            .exits(0)
-            .out();
-        listed.contains("sleep 1234") && listed.contains("sh -c sleep 1234; true")
-    });
-    let json = home.sm(&["top", "--json", &vm.name]).exits(0).json();
-    let sleep = json.as_array().expect("a list").iter();
-    let sleep = sleep.filter(|process| process["command"] == "sleep 1234");
-    let sleep = sleep.collect::<Vec<_>>();
-    assert_eq!(sleep.len(), 1, "{json}");
-    assert_eq!(sleep[0]["ppid"], 1, "the shell is the first process");
+    let sleep = || {
+        let listed = home.sm(&["top", "--json", &vm.name]).exits(0).json();
+        let mut processes = listed.as_array().expect("a list").iter();
+        processes
+            .find(|process| process["command"] == "sleep 1234")
+            .cloned()
+    };
+    until("the child runs", || sleep().is_some());
+    let sleep = sleep().expect("it sleeps");
+    assert_eq!(sleep["ppid"], 1, "the shell is the first process");
+    let listed = home.sm(&["top", &vm.name, "-o", "pid,cmd"]).exits(0).out();
+    assert!(listed.contains("1     sh -c sleep 1234; true"), "{listed}");
     let done = home.sm(&["exec", &vm.name, "sh", "-c", "exit 7"]);
     done.exits(7);
     let events = actions(home, &vm.name);
