@@ -364,7 +364,7 @@ fn main_is_pid_one_and_survives_its_client() {
     );
     assert_eq!(
         main.next_kind(FrameType::Control),
-        br#"{"started":{"pid":1}}"#
+        br#"{"started":{"container":"main","pid":1}}"#
     );
     // Another client takes over from one that is still connected.
     let mut second = attach_main(agent.path());
