@@ -80,6 +80,8 @@ fn connections_wait_while_descriptors_are_exhausted() {
     let mut last = others.pop().unwrap();
     drop(others);
     last.next_kind(FrameType::Control);
+    // The agent notices the end of one connection after the other.
+    while run(agent.path(), &shell("true")).status != Some(0) {}
     last.send(FrameType::Request, &request);
     assert_eq!(last.collect().status, Some(0));
     assert_eq!(run(agent.path(), &shell("echo new")).text(), "new\n");
