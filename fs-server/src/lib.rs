@@ -2,7 +2,7 @@
 //!
 //! [`Server`] turns requests of the FUSE protocol (7.31 to 7.38) into system calls below the
 //! directories of its [`FsConfig`]. A transport passes each request as [`Buffers`]: a
-//! virtio-fs device those of its ring, [`dev_fuse`] those of Linux' `/dev/fuse`. Contents of
+//! virtio-fs device those of its ring, `dev_fuse` those of Linux' `/dev/fuse`. Contents of
 //! files move between file and buffers without a copy.
 //!
 //! | module | idea |
@@ -13,8 +13,8 @@
 //! | `directories` | descriptors of directories, and how they are opened again |
 //! | `saved` | the state of a session |
 //! | `job` | the part of reads, writes and flushes that any thread may perform |
-//! | [`dev_fuse`] | the transport on `/dev/fuse` (feature `dev-fuse`) |
-//! | [`testing`] | requests of a driver (feature `testing`) |
+//! | `dev_fuse` | the transport on `/dev/fuse` (feature `dev-fuse`) |
+//! | `testing` | requests of a driver (feature `testing`) |
 //!
 //! # Security
 //!

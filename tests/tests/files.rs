@@ -1,5 +1,4 @@
 //! Files of running VMs: copying, comparing, exporting, and images of the changes.
-#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
