@@ -231,11 +231,14 @@ fn a_command_is_started_in_the_group_of_pid_one() {
     let controllers = fs::read_to_string(mount.join("cgroup.controllers")).unwrap();
     let controller = controllers.split_whitespace().next();
     let controller = controller.expect("a controller in the cgroup2 hierarchy");
+    // The agent creates it soon after it listens, if it does not exist.
+    let containers = PathBuf::from(agent.cgroup()).join("containers");
+    fs::create_dir_all(&containers).unwrap();
     let parents = [
         mount.clone(),
         mount.join("sm-agent-test"),
         agent.cgroup().into(),
-        PathBuf::from(agent.cgroup()).join("containers"),
+        containers,
     ];
     for parent in &parents {
         fs::write(
