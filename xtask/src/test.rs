@@ -21,18 +21,21 @@ use crate::lab::{self, JobOutput, Lab, LabJob};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// Programs with which unit and property tests compare results, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 12] = [
+pub(crate) const UNIT_PACKAGES: [&str; 15] = [
     "acpica-tools",
     "containerd",
     "curl",
     "gcc",
     "libc6-dev",
     "docker-registry",
+    "e2fsprogs",
     "erofs-utils",
+    "git",
     "openssl",
     "podman",
     "python3",
     "skopeo",
+    "sqlite3",
     "umoci",
 ];
 /// Time limit of a test program, for one that hangs. The lab is about 20 times slower
