@@ -208,16 +208,17 @@ fn launch_program(
         };
         request.phases.push(Phase::now("image resolved"));
         let (child, session) = spawn(&record, &request, &lock, program)?;
-        Ok((child, session, request.phases))
+        let warnings = volumes::warnings(sm.home(), &request.mounts);
+        Ok((child, session, request.phases, warnings))
     };
     match launch() {
-        Ok((child, session, phases)) => Ok(Launched {
+        Ok((child, session, phases, warnings)) => Ok(Launched {
             sm: sm.clone(),
             record,
             child,
             session,
             phases,
-            warnings: Vec::new(),
+            warnings,
             existing: false,
         }),
         Err(error) => {

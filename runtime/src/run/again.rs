@@ -9,7 +9,7 @@ use super::{Launched, program, request, spawn};
 use crate::record::{Record, Records};
 use crate::sm::Sm;
 use crate::vm::Vm;
-use crate::{Error, Refusal};
+use crate::{Error, Refusal, volumes};
 
 /// Options of [`Vm::start`]; everything else is as when the VM was created.
 #[derive(Clone, Debug)]
@@ -122,16 +122,17 @@ fn launch_again(
         };
         request.phases.push(Phase::now("image resolved"));
         let (child, session) = spawn(&record, &request, &lock, &program)?;
-        Ok((child, session, request.phases))
+        let warnings = volumes::warnings(sm.home(), &request.mounts);
+        Ok((child, session, request.phases, warnings))
     };
     match launch() {
-        Ok((child, session, phases)) => Ok(Some(Launched {
+        Ok((child, session, phases, warnings)) => Ok(Some(Launched {
             sm: sm.clone(),
             record,
             child,
             session,
             phases,
-            warnings: Vec::new(),
+            warnings,
             existing: true,
         })),
         Err(error) => {

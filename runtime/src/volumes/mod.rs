@@ -9,6 +9,7 @@
 //!
 //! The host never mounts or parses the file system, which guests control.
 
+mod host;
 mod mounts;
 mod store;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use serde::Serialize;
 use sm_vmm::disks::DiskError;
 use thiserror::Error;
 
+pub(crate) use self::host::warnings;
 pub use self::mounts::Mount;
 pub(crate) use self::mounts::requests;
 use crate::error::kind_of_io;

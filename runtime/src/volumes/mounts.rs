@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use sm_control::config::{MountSourceV1, MountV1};
 use sm_control::launch::{MountRequest, MountSource};
 
-use super::{VolumeError, VolumeOptions, Volumes};
-use crate::home::Home;
+use super::{VolumeError, VolumeOptions, Volumes, host};
 use crate::{Error, OptionError};
 
 /// A file system that is mounted in a workload's root.
@@ -277,46 +276,6 @@ impl Mount {
     }
 }
 
-/// Resolves a path of the host that is to be mounted.
-fn resolved(home: &Home, path: &Path) -> Result<MountSource, Error> {
-    let failed = |source| Error::File {
-        operation: "mount",
-        path: path.to_owned(),
-        source,
-    };
-    let refused = |reason: &str| {
-        Error::from(OptionError::HostPath {
-            path: path.to_owned(),
-            reason: reason.to_owned(),
-        })
-    };
-    let real = path.canonicalize().map_err(failed)?;
-    if real.to_str().is_none() {
-        return Err(refused("its name is not valid UTF-8"));
-    }
-    // A guest that writes there runs code on the host: snapshots are memory of other guests.
-    for own in [home.data(), home.run(), home.cache()] {
-        let own = own.canonicalize().unwrap_or_else(|_| own.to_owned());
-        if real.starts_with(&own) {
-            return Err(refused("VMs and images are stored there"));
-        }
-    }
-    let kind = real.metadata().map_err(failed)?.file_type();
-    if kind.is_dir() {
-        return Ok(MountSource::Host {
-            directory: real,
-            file: None,
-        });
-    }
-    match (real.parent(), real.file_name()) {
-        (Some(parent), Some(name)) if kind.is_file() => Ok(MountSource::Host {
-            directory: parent.to_owned(),
-            file: Some(name.to_string_lossy().into_owned()),
-        }),
-        _ => Err(refused("it is neither a directory nor a regular file")),
-    }
-}
-
 fn parse_size(text: &str) -> Result<u64, String> {
     let bad = || format!("\"{text}\" is no size: write 64m or 1g");
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -371,7 +330,9 @@ pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<Moun
                 },
                 copy: *copy,
             },
-            MountSourceV1::Host { path } => resolved(volumes.sm.home(), path)?,
+            MountSourceV1::Host { path } => {
+                host::resolved(volumes.sm.home(), path, mount.read_only)?
+            }
             MountSourceV1::Tmpfs { size, mode } => MountSource::Tmpfs {
                 size: *size,
                 mode: *mode,
@@ -487,44 +448,5 @@ mod tests {
         let error = requests(&sm.volumes(), &twice).unwrap_err().to_string();
         assert!(error.contains("\"/a/\""), "{error}");
         assert!(requests(&sm.volumes(), &[Mount::volume("-", "/a").stored()]).is_err());
-    }
-
-    #[test]
-    fn paths_of_the_host_are_resolved() {
-        let dir = tempfile::tempdir().unwrap();
-        let sm = crate::Sm::builder()
-            .below(dir.path().join("sm"))
-            .build()
-            .unwrap();
-        let outside = dir.path().join("outside");
-        std::fs::create_dir_all(outside.join("d")).unwrap();
-        std::fs::write(outside.join("f"), "").unwrap();
-        std::os::unix::fs::symlink("d", outside.join("link")).unwrap();
-        let _socket = std::os::unix::net::UnixListener::bind(outside.join("socket")).unwrap();
-        let real = outside.canonicalize().unwrap();
-        let found = |path: &Path| {
-            let mounts = [Mount::host(path, "/x").stored()];
-            requests(&sm.volumes(), &mounts).map(|requests| requests[0].source.clone())
-        };
-        let host = |directory: PathBuf, file: Option<&str>| MountSource::Host {
-            directory,
-            file: file.map(str::to_owned),
-        };
-        for (name, source) in [
-            ("d", host(real.join("d"), None)),
-            ("link", host(real.join("d"), None)),
-            ("f", host(real.clone(), Some("f"))),
-        ] {
-            assert_eq!(found(&outside.join(name)).unwrap(), source, "{name}");
-        }
-        for (path, why) in [
-            (outside.join("missing"), "No such file"),
-            (outside.join("socket"), "neither a directory"),
-            (sm.home().data().to_owned(), "are stored there"),
-        ] {
-            std::fs::create_dir_all(sm.home().data()).unwrap();
-            let error = sm_control::with_causes(&found(&path).unwrap_err());
-            assert!(error.contains(why), "{}: {error}", path.display());
-        }
     }
 }

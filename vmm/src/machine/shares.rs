@@ -1,9 +1,6 @@
 //! The directories of the host that a machine shares with its guest.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt as _;
-
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use sm_control::launch::{LaunchRequest, MountSource};
 use sm_control::with_causes;
 use sm_devices_fs::{Fs, FsConfig, Share, ShareOptions, ShareOwner};
@@ -34,13 +31,12 @@ pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, S
             let path = directory.display();
             format!("cannot share \"{path}\": {}", with_causes(error))
         };
-        // A path only: entries are opened when the guest asks for them. The last component
-        // is no link, as the launcher has resolved all of them.
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-        let flags = i32::try_from(flags.bits()).map_err(|error| failed(&error))?;
-        let mut options = OpenOptions::new();
-        let opened = options.read(true).custom_flags(flags).open(directory);
-        let opened = opened.map_err(|error| failed(&error))?.into();
+        // A path only: entries are opened when the guest asks for them. The launcher has
+        // resolved all links, so one that is there now was put there by somebody else.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let opened = openat2(CWD, directory, flags, Mode::empty(), resolve);
+        let opened = opened.map_err(|errno| failed(&std::io::Error::from(errno)))?;
         let options = ShareOptions::default()
             .read_only(mount.read_only)
             .owner(owner)
