@@ -1,0 +1,33 @@
+//! A virtio-net device (virtio 1.3 section 5.1) over a backend of the embedder's choice.
+//!
+//! [`Net`] is the device behind a transport. Frames of the guest go to its [`NetBackend`],
+//! as descriptor chains in guest memory, and the backend fills the guest's receive buffers
+//! in place. A device without a backend has no link: it discards what the guest transmits,
+//! takes none of its receive buffers, and costs nothing.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `device` | the device behind its transport |
+//! | `backend` | the interface between device and network |
+//! | `receive` | frames for the guest, in its receive buffers |
+//! | `header` | the header of each frame |
+//! | `counters` | counters that any thread reads |
+//! | `saved` | the bytes of the saved state |
+#![warn(missing_docs)]
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+mod backend;
+mod counters;
+mod device;
+mod header;
+mod receive;
+mod saved;
+
+pub use backend::{NetBackend, NetFrame};
+pub use counters::{NetCounters, NetCounts};
+pub use device::{BACKEND_TOKENS, MAX_FRAME, Net, NetConfig, STATE_VERSION};
+pub use header::{GsoType, HEADER_LEN, NetHeader};
+pub use receive::{ReceiveBuffers, ReceiveRing, ReserveError};
