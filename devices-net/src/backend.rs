@@ -1,11 +1,16 @@
 //! The interface between a device and the network behind it.
 
+use std::ops::Range;
+
 use sm_event_loop::{Readiness, Registry};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 
 use crate::header::NetHeader;
 use crate::receive::ReceiveRing;
+
+/// Tokens of a backend's descriptors and timers.
+pub const BACKEND_TOKENS: Range<u64> = 0..1 << 62;
 
 /// A frame that the guest has transmitted, in guest memory.
 ///
@@ -28,7 +33,7 @@ pub struct NetFrame<'a> {
 /// turn the device passes the guest's frames to [`Self::transmit`] (a bounded number; others
 /// follow in the next turn), then calls [`Self::receive`] once, and notifies the guest of all
 /// that was used at the end. Host descriptors and timers are registered under tokens in
-/// [`BACKEND_TOKENS`](crate::BACKEND_TOKENS).
+/// [`BACKEND_TOKENS`].
 pub trait NetBackend: Send {
     /// Called when the driver is ready, after a restore, and again after a pause: registers
     /// descriptors, and continues where [`Self::quiesce`] stopped. `features` are those that

@@ -1,6 +1,5 @@
 //! The device behind its transport.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use sm_event_loop::{Readiness, Registry};
@@ -16,9 +15,9 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::backend::{NetBackend, NetFrame};
+use crate::backend::{BACKEND_TOKENS, NetBackend, NetFrame};
 use crate::counters::NetCounters;
-use crate::header::{HEADER_LEN, NetHeader};
+use crate::header::{HEADER_LEN, MAX_FRAME, NetHeader};
 use crate::receive::{ReceiveRing, Receiver};
 use crate::saved::{MAX_BACKEND, NetStateV1};
 
@@ -30,18 +29,14 @@ pub const STATE_VERSION: u32 = 1;
 const RX: usize = 0;
 const TX: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [256, 256];
-/// Longest frame in bytes: an IP packet of 64 KiB behind an Ethernet header with a VLAN tag.
-pub const MAX_FRAME: u32 = 65_535 + 14 + 4;
 /// Smallest MTU that a device may announce (section 5.1.4.1).
 const MIN_MTU: u16 = 68;
 /// Frames and bytes of the guest that are taken before other handlers have their turn.
 const BUDGET: usize = 64;
 const BYTES: u32 = 256 << 10;
 
-/// Tokens of a backend's descriptors and timers.
-pub const BACKEND_TOKENS: Range<u64> = 0..1 << 62;
 /// The budget was used up.
-const TOKEN_CONTINUE: u64 = 1 << 62;
+const TOKEN_CONTINUE: u64 = BACKEND_TOKENS.end;
 
 /// Configuration of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +53,8 @@ impl NetConfig {
         Self { mac, mtu: 1500 }
     }
 
-    /// Sets the MTU in bytes, at least 68: a driver uses it until it is told another, and no
-    /// larger one.
+    /// Sets the MTU in bytes, at least 68: a driver uses it until its system sets another, and
+    /// never a larger one.
     #[must_use]
     pub fn mtu(mut self, mtu: u16) -> Self {
         self.mtu = mtu.max(MIN_MTU);

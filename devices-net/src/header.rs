@@ -8,6 +8,9 @@ use virtio_bindings::virtio_net::{
 /// Length of the header in bytes. With VERSION_1 it always has the number of buffers.
 pub const HEADER_LEN: u32 = 12;
 
+/// Longest frame in bytes: an IP packet of 64 KiB behind an Ethernet header with a VLAN tag.
+pub const MAX_FRAME: u32 = 65_535 + 14 + 4;
+
 /// The kind of segments into which a frame has to be cut.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

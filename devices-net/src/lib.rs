@@ -26,8 +26,8 @@ mod header;
 mod receive;
 mod saved;
 
-pub use backend::{NetBackend, NetFrame};
+pub use backend::{BACKEND_TOKENS, NetBackend, NetFrame};
 pub use counters::{NetCounters, NetCounts};
-pub use device::{BACKEND_TOKENS, MAX_FRAME, Net, NetConfig, STATE_VERSION};
-pub use header::{GsoType, HEADER_LEN, NetHeader};
+pub use device::{Net, NetConfig, STATE_VERSION};
+pub use header::{GsoType, HEADER_LEN, MAX_FRAME, NetHeader};
 pub use receive::{ReceiveBuffers, ReceiveRing, ReserveError};

@@ -6,8 +6,7 @@ use sm_virtio::queue::{DescriptorChain, Queue, QueueError, Span};
 use thiserror::Error;
 
 use crate::counters::NetCounters;
-use crate::device::MAX_FRAME;
-use crate::header::{HEADER_LEN, NetHeader};
+use crate::header::{HEADER_LEN, MAX_FRAME, NetHeader};
 
 /// Reason why there are no buffers for a frame.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]

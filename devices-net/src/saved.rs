@@ -1,5 +1,5 @@
 //! The device's saved state, version 1: the MAC address and the MTU that the driver has read,
-//! a byte that is 1 if it was told that the link is up, and the bytes of the backend.
+//! a byte that is 1 if it was notified that the link is up, and the bytes of the backend.
 
 /// State of the device, version 1. The layout does not change.
 #[derive(Clone, Debug, PartialEq, Eq)]

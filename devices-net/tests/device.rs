@@ -26,7 +26,7 @@ const MRG_RXBUF: u64 = 15;
 const GUEST_CSUM: u64 = 1;
 const NEEDS_RESET: u32 = 64;
 
-/// What a backend has seen, and has to send.
+/// The calls and frames of a backend, and frames to send.
 #[derive(Default)]
 struct Log {
     calls: Vec<&'static str>,
@@ -420,7 +420,7 @@ fn a_clone_with_a_network_is_notified_of_its_link() {
         Some(&b""[..])
     );
 
-    // A clone of that one without a network is told, too, and one with a network is not.
+    // A clone of that one without a network is notified, too, and one with a network is not.
     let guest = Guest {
         driver,
         device,
