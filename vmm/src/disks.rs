@@ -1,13 +1,16 @@
 //! The writable disks of a VM: directories of layers in its record.
 //!
 //! `<record>/disk-3/` has the layers of the disk in slot 3: `0` is the lowest one, the one
-//! with the highest number is written to. All others are immutable, and hard links to files
-//! that snapshots, other VMs or the store of templates have as well, so that the file system
-//! counts their users: removing a VM or a snapshot is removing its own names.
+//! with the highest number is written to (see `chain` for gaps). All others are immutable, and
+//! hard links to files that snapshots, other VMs or the store of templates have as well, so
+//! that the file system counts their users: removing a VM or a snapshot is removing its own
+//! names.
 //!
 //! **Invariant: no process writes to a layer that has a layer above it, and nobody links the
 //! topmost one.**
 
+mod chain;
+pub(crate) mod merging;
 mod template;
 pub(crate) mod volume;
 
@@ -17,8 +20,10 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use sm_control::id::random;
-use sm_vmm_core::virtio::layered::{DiskLayer, LayerError, LayerId, LayeredDisk, MAX_LAYERS};
+use sm_vmm_core::virtio::layered::{DiskLayer, LayerError, LayerId, LayeredDisk};
 use thiserror::Error;
+
+use self::chain::{LayerFile, remove_file};
 
 pub use self::template::Templates;
 
@@ -105,6 +110,11 @@ impl DiskDirectory {
         }
     }
 
+    /// Returns the path of the directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns true if the VM has this disk, from an earlier run.
     ///
     /// # Errors
@@ -149,7 +159,7 @@ impl DiskDirectory {
         for (number, source) in below.iter().enumerate() {
             let path = fresh.layer(number);
             link(source, &path)?;
-            layers.push(open_layer(&path)?);
+            layers.push(open_layer(&path, false)?);
         }
         let path = fresh.layer(below.len());
         let lowest = layers.last().map(|layer| (layer.id(), layer.capacity()));
@@ -163,27 +173,30 @@ impl DiskDirectory {
         Ok(disk)
     }
 
-    /// Opens the disk.
+    /// Opens the disk, and removes files that are no part of it. Nobody else may write to
+    /// it.
     ///
     /// # Errors
     /// A layer is missing or damaged.
     pub fn open(&self) -> Result<LayeredDisk, DiskError> {
-        let mut paths = self.layers()?;
-        // A host that crashed may have lost the content of a new top, of which nothing was
-        // flushed then.
-        if let Some(top) = paths.last().filter(|_| paths.len() > 1)
-            && is_empty_layer(top)?
-        {
-            fs::remove_file(top).map_err(io_error("remove", top))?;
-            paths.pop();
-            let below = self.open_files(&paths)?;
-            return self.grow(&below);
+        let files = self.numbered()?;
+        let chain = self.chain(&files)?;
+        let highest = |files: Option<&LayerFile>| files.map(|file| file.number);
+        let has_top = highest(files.first()) == highest(chain.last());
+        self.sweep(&chain)?;
+        let disk = self.open_files(&chain)?;
+        match has_top {
+            true => Ok(disk),
+            false => self.grow(&disk),
         }
-        self.open_files(&paths)
     }
 
-    fn open_files(&self, paths: &[PathBuf]) -> Result<LayeredDisk, DiskError> {
-        let layers: Result<_, _> = paths.iter().map(|path| open_layer(path)).collect();
+    fn open_files(&self, files: &[LayerFile]) -> Result<LayeredDisk, DiskError> {
+        let layers: Result<_, _> = files
+            .iter()
+            .enumerate()
+            .map(|(place, file)| open_layer(&file.path, place + 1 == files.len()))
+            .collect();
         LayeredDisk::new(layers?).map_err(layer_error(&self.path))
     }
 
@@ -192,32 +205,43 @@ impl DiskDirectory {
     /// # Errors
     /// The file cannot be created, or there are too many layers.
     pub(crate) fn grow(&self, disk: &LayeredDisk) -> Result<LayeredDisk, DiskError> {
-        let path = self.layer(disk.layers());
+        let files = self.files_of(&disk.ids())?;
+        let number = files.last().map_or(0, |top| top.number) + 1;
+        let path = self.layer(number);
         // Left by a failure: a file that has no disk above this one is of no use.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("remove", &path)(error));
+        for left in self.numbered()? {
+            if left.number >= number {
+                remove_file(&left.path)?;
             }
-            _ => {}
         }
-        disk.freeze(create(&path)?, new_id(), disk.capacity())
-            .map_err(layer_error(&path))
+        let file = create(&path)?;
+        let grown = disk.freeze(file, new_id(), disk.capacity());
+        if grown.is_err() {
+            remove_file(&path)?;
+        }
+        grown.map_err(layer_error(&path))
     }
 
-    /// Removes all layers but the lowest `count` ones, and returns the disk with a new top
-    /// over these.
+    /// Removes all layers above `highest`, and returns the disk with a new top over it.
     ///
     /// # Errors
     /// A layer cannot be removed, opened or created.
-    pub(crate) fn truncate(&self, count: usize) -> Result<LayeredDisk, DiskError> {
-        let mut paths = self.layers()?;
-        // From the top, so that no gap is left by a failure.
-        while paths.len() > count
-            && let Some(top) = paths.pop()
+    pub(crate) fn truncate(&self, highest: LayerId) -> Result<LayeredDisk, DiskError> {
+        let mut chain = self.chain(&self.numbered()?)?;
+        let mut above = Vec::new();
+        while let Some(top) = chain.last()
+            && chain::header(&top.path)?.id != highest
         {
-            fs::remove_file(&top).map_err(io_error("remove", &top))?;
+            above.extend(chain.pop());
         }
-        let below = self.open_files(&paths)?;
+        if chain.is_empty() {
+            return Err(layer_error(&self.path)(LayerError::Order(above.len())));
+        }
+        // From the top, so that a failure leaves a disk.
+        above
+            .iter()
+            .try_for_each(|layer| remove_file(&layer.path))?;
+        let below = self.open_files(&chain)?;
         self.grow(&below)
     }
 
@@ -240,54 +264,53 @@ impl DiskDirectory {
     /// # Errors
     /// A layer cannot be opened, written back or linked, or `copy` exists.
     pub fn clone_to(&self, copy: &Self) -> Result<(), DiskError> {
-        let disk = self.open()?;
-        let mut below = self.layers()?;
-        if disk.is_unchanged() {
-            below.pop();
-        } else {
-            let grown = self.grow(&disk)?;
-            grown.flush().map_err(io_error("write back", &self.path))?;
+        copy.create(&self.frozen()?).map(drop)
+    }
+
+    /// Makes all that was written immutable, and durable; returns the files, the lowest one
+    /// first. Nobody may use the disk meanwhile.
+    ///
+    /// # Errors
+    /// A layer cannot be opened, created or written back.
+    pub(crate) fn frozen(&self) -> Result<Vec<PathBuf>, DiskError> {
+        let mut disk = self.merge_if_full(self.open()?)?;
+        if !disk.is_unchanged() {
+            disk = self.grow(&disk)?;
         }
-        copy.create(&below).map(drop)
+        disk.flush().map_err(io_error("write back", &self.path))?;
+        let mut layers = self.layers_of(&disk)?;
+        layers.pop();
+        Ok(layers)
     }
 
     /// Returns the files of the layers, the lowest one first.
     ///
     /// # Errors
-    /// The directory cannot be examined.
+    /// The directory cannot be examined, or a layer is missing or damaged.
     pub fn layers(&self) -> Result<Vec<PathBuf>, DiskError> {
-        let mut paths = Vec::new();
-        for number in 0..=MAX_LAYERS {
-            let path = self.layer(number);
-            if !path.try_exists().map_err(io_error("examine", &path))? {
-                break;
-            }
-            paths.push(path);
-        }
-        Ok(paths)
+        let chain = self.chain(&self.numbered()?)?;
+        Ok(chain.into_iter().map(|file| file.path).collect())
+    }
+
+    /// Returns the files of the layers of `disk`, which is of this directory, the lowest one
+    /// first.
+    ///
+    /// # Errors
+    /// The directory cannot be examined, or a layer is missing.
+    pub(crate) fn layers_of(&self, disk: &LayeredDisk) -> Result<Vec<PathBuf>, DiskError> {
+        let files = self.files_of(&disk.ids())?;
+        Ok(files.into_iter().map(|file| file.path).collect())
     }
 }
 
-/// Opens a layer for reading and writing; only the topmost one of a disk is written to.
-fn open_layer(path: &Path) -> Result<DiskLayer, DiskError> {
+/// Opens a layer. Only the topmost one of a disk is written to.
+fn open_layer(path: &Path, is_top: bool) -> Result<DiskLayer, DiskError> {
     let file = OpenOptions::new()
         .read(true)
-        .write(true)
+        .write(is_top)
         .open(path)
         .map_err(io_error("open", path))?;
     DiskLayer::open(file).map_err(layer_error(path))
-}
-
-/// Returns true if the file begins with zeros: it was created, and its header is not on the
-/// disk.
-fn is_empty_layer(path: &Path) -> Result<bool, DiskError> {
-    use io::Read as _;
-
-    let mut start = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(64).read_to_end(&mut start))
-        .map_err(io_error("read", path))?;
-    Ok(start.iter().all(|byte| *byte == 0))
 }
 
 /// Gives an immutable file another name, or copies it if the names are in different file

@@ -13,6 +13,7 @@ use sm_snapshot::Error;
 use sm_snapshot::capture::RemovalGuard;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
+use sm_vmm_core::virtio::layered::DiskLayer;
 
 /// The operations of a running machine that its supervisor uses.
 pub(crate) trait GuestMachine {
@@ -76,6 +77,22 @@ pub(crate) trait GuestMachine {
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
         let _ = then;
         Ok(())
+    }
+    /// Returns true if a disk has so many layers that some should be merged before the next
+    /// snapshot.
+    fn is_full(&self) -> bool {
+        false
+    }
+    /// Merges layers of a disk that has many of them, or, in need, more than a few. Returns
+    /// true if a merge is in progress: [`SupervisorEvent::Merge`] follows.
+    fn merge(&mut self, in_need: bool) -> bool {
+        let _ = in_need;
+        false
+    }
+    /// Must be called for each step of a merge; returns its result when it has ended.
+    fn merge_step(&mut self, step: MergeStep) -> Option<MergeEnd> {
+        let _ = step;
+        None
     }
     /// Cancels the copy of memory to shorten the pause: [`SupervisorEvent::Captured`], with a
     /// failure, follows soon.
@@ -165,6 +182,8 @@ pub(crate) enum SupervisorEvent {
     Captured(Result<(), String>),
     /// A snapshot that the supervisor requested was published, or failed with a clause.
     Snapshot(Result<PublishedSnapshot, String>),
+    /// A merge of layers has made a step.
+    Merge(MergeStep),
     /// The guest became unreachable because its driver broke the vsock device; the cause.
     Unreachable(String),
     /// The host has no space for what the guest writes. The request is executed again after
@@ -173,6 +192,24 @@ pub(crate) enum SupervisorEvent {
     /// All bytes that the guest has sent to published ports, or to clients of its commands,
     /// were delivered.
     Delivered,
+}
+
+/// A step of a merge of layers; errors are clauses.
+#[derive(Debug)]
+pub(crate) enum MergeStep {
+    /// The merged layer was written.
+    Written(Result<DiskLayer, String>),
+    /// Its place among the layers is durable.
+    Durable(Result<(), String>),
+}
+
+/// The result of a merge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MergeEnd {
+    /// The disk has fewer layers.
+    Done,
+    /// The disk is as before.
+    Failed,
 }
 
 /// A published snapshot.

@@ -2,6 +2,7 @@
 
 mod disks;
 mod guest;
+mod merging;
 mod shares;
 mod writable;
 
@@ -37,6 +38,7 @@ use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
 
+use self::merging::Merging;
 use self::writable::WritableDisk;
 use super::cache;
 use super::capturing::Capturing;
@@ -81,7 +83,9 @@ pub(crate) struct RunningMachine {
     events: EventSender,
     /// The capture for which the machine is paused.
     capturing: Option<Capturing>,
-    /// Threads that publish snapshots.
+    /// The merge of layers of a disk.
+    merging: Option<Merging>,
+    /// Threads that publish snapshots, and of merges that have ended.
     publishing: Vec<JoinHandle<()>>,
     exec: FrontendHandle,
     published: Published,
@@ -93,6 +97,7 @@ pub(crate) struct RunningMachine {
 impl Drop for RunningMachine {
     fn drop(&mut self) {
         self.capturing = None;
+        self.cancel_merge();
         for publishing in self.publishing.drain(..) {
             // The thread has logged its result.
             let _ = publishing.join();
@@ -331,6 +336,7 @@ fn begin(
         pager: parts.pager,
         events: events.clone(),
         capturing: None,
+        merging: None,
         publishing: Vec::new(),
         exec,
         published,

@@ -13,7 +13,6 @@ mod admission;
 mod clients;
 mod ending;
 mod events;
-mod guest_clock;
 mod guest_side;
 mod health;
 mod machine_end;
@@ -51,7 +50,7 @@ use super::agent::AgentLink;
 use super::conn::Conn;
 use super::descriptors;
 use super::environment::{OutputLog, VmRecord};
-use super::guest::{EventReceiver, GuestMachine, SupervisorEvent};
+use super::guest::{EventReceiver, GuestMachine, SnapshotPlan, SupervisorEvent};
 use super::restart::NextRun;
 
 /// The parameters of a supervisor.
@@ -174,6 +173,8 @@ pub(crate) struct Supervisor<G> {
     epoch: String,
     /// Number of snapshots begun.
     snapshots: u64,
+    /// Snapshots that wait until layers of a disk are merged, with their clients.
+    waiting_snapshots: Vec<(u64, SnapshotPlan)>,
     prepare_timeout: Duration,
     /// Signals of clients that the guest has not answered, oldest first.
     signals: Vec<UnansweredSignal>,
@@ -240,6 +241,7 @@ impl<G: GuestMachine> Supervisor<G> {
             started_ns: 0,
             had_output: false,
             snapshots: 0,
+            waiting_snapshots: Vec::new(),
             prepare_timeout: snapshots::PREPARE_TIMEOUT,
             signals: Vec::new(),
             signals_sent: 0,
@@ -382,6 +384,7 @@ impl<G: GuestMachine> Supervisor<G> {
                         SupervisorEvent::Captured(copied) => self.captured(copied),
                         SupervisorEvent::Snapshot(published) => self.snapshot_published(published),
                         SupervisorEvent::Delivered => self.delivered(),
+                        SupervisorEvent::Merge(step) => self.merge_went_on(step),
                         SupervisorEvent::NoSpace => self.pause_for_space(),
                         SupervisorEvent::Unreachable(reason) => self.guest_broke(&format!(
                             "the guest's vsock driver broke its device: {reason}"

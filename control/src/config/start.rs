@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::HostOptionsV1;
 use crate::paging::Paging;
 
 /// The settings with which a VM is started, each time: the part of a launch request that
@@ -70,9 +69,6 @@ pub enum MountSourceV1 {
     Host {
         /// Its absolute path, which is resolved at each start.
         path: PathBuf,
-        /// Options.
-        #[serde(default, flatten)]
-        options: HostOptionsV1,
     },
     /// Guest memory.
     Tmpfs {

@@ -273,7 +273,7 @@ impl Disk {
             Kind::Raw {
                 file,
                 read_only: false,
-            } => file.sync_data(),
+            } => file.sync(),
             Kind::Layered(layers) => layers.flush(),
             _ => Ok(()),
         }

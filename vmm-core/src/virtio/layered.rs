@@ -12,6 +12,9 @@
 //! that the index lacks; they are never read, and a write to a part of such a cluster
 //! writes the rest of it, too.
 //!
+//! Layers that an earlier process wrote may be in the page cache only, so the first flush of
+//! a disk is one of all its layers.
+//!
 //! # Concurrency
 //! Any thread may call everything. A write that gives the top a new cluster holds the lock
 //! of the cluster's `GROUP` of clusters, because a write to a part of it copies the rest
@@ -19,6 +22,7 @@
 
 mod index;
 mod layer;
+mod merge;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 mod tests;
@@ -34,7 +38,7 @@ use sm_virtio::iov::Window;
 use super::storage::saturated;
 
 use layer::CLUSTER_BYTES;
-pub use layer::{CLUSTER, DiskLayer, LayerError, LayerId, MAX_CAPACITY};
+pub use layer::{CLUSTER, DiskLayer, LayerError, LayerHeader, LayerId, MAX_CAPACITY};
 
 /// Largest number of layers of one disk: each costs every read a look into its index.
 pub const MAX_LAYERS: usize = 64;
@@ -65,9 +69,9 @@ pub struct LayeredDisk {
     top: Arc<DiskLayer>,
     /// From the topmost one down.
     below: Vec<Arc<DiskLayer>>,
-    groups: [Mutex<()>; LOCKS],
-    /// Layers that were frozen since the last flush, the lowest one first.
-    unflushed: Mutex<Vec<Arc<DiskLayer>>>,
+    groups: Arc<[Mutex<()>; LOCKS]>,
+    /// Layers below the top that may not be durable, the lowest one first.
+    unflushed: Arc<Mutex<Vec<Arc<DiskLayer>>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -96,6 +100,19 @@ fn split(bytes: &Range<u64>) -> (Range<u64>, [Range<u64>; 2]) {
     (whole, [bytes.start..middle.start, middle.end..bytes.end])
 }
 
+/// The first of `layers` that has `cluster`, and for how many clusters, `most` at most.
+fn find_in(layers: &[Arc<DiskLayer>], cluster: u64, most: u64) -> (Option<&DiskLayer>, u64) {
+    let mut most = most;
+    for layer in layers {
+        let (has, len) = layer.index.run(cluster, most);
+        most = len;
+        if has {
+            return (Some(layer), most);
+        }
+    }
+    (None, most)
+}
+
 impl LayeredDisk {
     /// Stacks layers, the lowest one first. The last one is written to.
     ///
@@ -108,7 +125,10 @@ impl LayeredDisk {
             return Err(LayerError::Count(count));
         }
         let top = stack.remove(0);
-        Self::stacked(top, stack)
+        let disk = Self::stacked(top, stack)?;
+        let below = disk.below.iter().rev().cloned();
+        lock(&disk.unflushed).extend(below);
+        Ok(disk)
     }
 
     fn stacked(top: Arc<DiskLayer>, below: Vec<Arc<DiskLayer>>) -> Result<Self, LayerError> {
@@ -129,8 +149,8 @@ impl LayeredDisk {
         Ok(Self {
             top,
             below,
-            groups: [const { Mutex::new(()) }; LOCKS],
-            unflushed: Mutex::default(),
+            groups: Arc::new([const { Mutex::new(()) }; LOCKS]),
+            unflushed: Arc::default(),
         })
     }
 
@@ -150,6 +170,13 @@ impl LayeredDisk {
     #[must_use]
     pub fn layers(&self) -> usize {
         self.below.len() + 1
+    }
+
+    /// Returns the names of the layers, the lowest one first.
+    #[must_use]
+    pub fn ids(&self) -> Vec<LayerId> {
+        let below = self.below.iter().rev();
+        below.chain([&self.top]).map(|layer| layer.id).collect()
     }
 
     /// Returns the disk with a new top in `file`, as [`DiskLayer::create`] makes it. Takes
@@ -185,15 +212,7 @@ impl LayeredDisk {
     /// The layer below the top that provides `cluster`, and for how many clusters, `most`
     /// at most.
     fn find_below(&self, cluster: u64, most: u64) -> (Option<&DiskLayer>, u64) {
-        let mut most = most;
-        for layer in &self.below {
-            let (has, len) = layer.index.run(cluster, most);
-            most = len;
-            if has {
-                return (Some(layer), most);
-            }
-        }
-        (None, most)
+        find_in(&self.below, cluster, most)
     }
 
     /// The layer that provides `cluster`, and for how many clusters, `most` at most.
@@ -362,7 +381,9 @@ impl LayeredDisk {
     /// Makes earlier writes durable.
     ///
     /// # Errors
-    /// The file's error. Nothing can be said of what was written since the last flush.
+    /// The file's error. If it has no space, a later call may succeed. After any other error,
+    /// every later call fails, too: Linux reports once that it could not write pages back,
+    /// and then drops them.
     pub fn flush(&self) -> io::Result<()> {
         let mut unflushed = lock(&self.unflushed);
         while let Some(lowest) = unflushed.first() {
@@ -416,7 +437,7 @@ impl LayeredDisk {
     fn locks_of(&self, clusters: &Range<u64>) -> Vec<MutexGuard<'_, ()>> {
         let groups = clusters.start / GROUP..clusters.end.div_ceil(GROUP);
         let count = groups.end - groups.start;
-        let locks = (0u64..).zip(&self.groups);
+        let locks = (0u64..).zip(self.groups.iter());
         let is_of = |number: u64| {
             let first = groups.start % LOCKS as u64;
             let distance = (number + LOCKS as u64 - first) % LOCKS as u64;

@@ -52,7 +52,8 @@ pub(super) trait Storage: Debug + Send + Sync {
     /// file system cannot.
     fn zero(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Makes everything before durable.
+    /// Makes everything before durable. An error says nothing of why: a later call may
+    /// succeed although data is lost, so nothing may be tried again because of its kind.
     fn sync(&self) -> io::Result<()>;
 
     /// Makes a range read as zero by writing zeros.
@@ -126,7 +127,9 @@ impl Storage for File {
     }
 
     fn sync(&self) -> io::Result<()> {
+        // Also without space, of which file systems that allocate late tell only now.
         self.sync_data()
+            .map_err(|error| io::Error::other(format!("cannot write back: {error}")))
     }
 
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {

@@ -1,3 +1,7 @@
+//! Disks of layers in their directories.
+
+mod merging;
+
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
 
@@ -145,7 +149,7 @@ fn a_reset_discards_what_came_after_the_snapshot() {
     disk.store(b"six", 0).unwrap();
     disk.flush().unwrap();
     assert_eq!(directory.layers().unwrap().len(), 4);
-    let disk = directory.truncate(2).unwrap();
+    let disk = directory.truncate(disk.ids()[1]).unwrap();
     assert_eq!(read(&disk, 0, 3), b"one");
     assert_eq!(disk.layers(), 3);
     assert_eq!(directory.layers().unwrap().len(), 3);

@@ -124,11 +124,7 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
             // The first reader makes the topmost layer an immutable one.
             if wait_for_lock(&lock, &path, FlockOperation::LockExclusive)? {
                 lock.set_len(0).map_err(io_error("write", &path))?;
-                let disk = directory.open()?;
-                if !disk.is_unchanged() {
-                    let grown = directory.grow(&disk)?;
-                    grown.flush().map_err(io_error("write back", &path))?;
-                }
+                directory.frozen()?;
             }
             if !wait_for_lock(&lock, &path, FlockOperation::LockShared)? {
                 return Ok(None);

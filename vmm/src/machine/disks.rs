@@ -28,7 +28,7 @@ pub(super) fn changes(
                     // A VM that continues the snapshot once more has the disk of its last run.
                     let disk = directory.remove().and_then(|()| directory.create(&layers));
                     let disk = disk.map_err(failed("use the disk of the snapshot"))?;
-                    Insertion::Now(disk, layers.len())
+                    Insertion::Now(disk)
                 }
                 None => Insertion::Never,
             }
@@ -86,8 +86,7 @@ pub(super) fn volumes(
             (Some(layers), _) => {
                 let disk = directory.remove().and_then(|()| directory.create(&layers));
                 let disk = disk.map_err(failed("use a disk of the snapshot"))?;
-                let now = Insertion::Now(disk, layers.len());
-                WritableDisk::new(slot, directory, now, no_space)
+                WritableDisk::new(slot, directory, Insertion::Now(disk), no_space)
             }
             (None, Some(volume)) => {
                 let vm = &request.config.name;

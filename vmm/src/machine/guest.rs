@@ -18,8 +18,8 @@ use super::writable::WritableDisk;
 use super::{RunningMachine, failed};
 use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
 use crate::guest::{
-    AfterCapture, GuestEnd, GuestMachine, PublishedSnapshot, SnapshotGuard, SnapshotPlan,
-    SupervisorEvent,
+    AfterCapture, GuestEnd, GuestMachine, MergeEnd, MergeStep, PublishedSnapshot, SnapshotGuard,
+    SnapshotPlan, SupervisorEvent,
 };
 use crate::names::{EPHEMERAL_LABEL, IMAGE_LABEL};
 use crate::prefetch::Prefetch;
@@ -198,7 +198,23 @@ impl GuestMachine for RunningMachine {
         {
             capturing.end();
         }
+        if let Err(error) = self.adopt_merged() {
+            self.go_on_with_merge(MergeStep::Written(Err(error)));
+        }
         Ok(())
+    }
+
+    fn is_full(&self) -> bool {
+        self.disks.iter().any(WritableDisk::is_full)
+    }
+
+    fn merge(&mut self, in_need: bool) -> bool {
+        self.begin_merge(in_need);
+        self.merging.is_some()
+    }
+
+    fn merge_step(&mut self, step: MergeStep) -> Option<MergeEnd> {
+        self.go_on_with_merge(step)
     }
 
     fn cancel_capture(&self) {

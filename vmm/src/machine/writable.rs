@@ -9,10 +9,12 @@ use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::SLOT_DATA_DISK;
 use sm_vmm_core::virtio::blk::{Access, Block, NotLayered};
 use sm_vmm_core::virtio::disk::Disk;
-use sm_vmm_core::virtio::layered::LayeredDisk;
+use sm_vmm_core::virtio::layered::{DiskLayer, LayerId, LayeredDisk};
 use thiserror::Error;
 
+use super::merging::MergePlan;
 use crate::capturing::FrozenDisk;
+use crate::disks::merging;
 use crate::disks::volume::{self, VolumeUse};
 use crate::disks::{DiskDirectory, DiskError, Templates};
 use crate::environment::VmRecord;
@@ -29,6 +31,9 @@ const ANONYMOUS_BYTES: u64 = 64 << 30;
 /// largest requests.
 const ENOUGH: u64 = 16 << 20;
 
+/// Free space in bytes that a merge leaves.
+const SPARE: u64 = 256 << 20;
+
 /// Failure to replace the layers of the disk.
 #[derive(Debug, Error)]
 enum ReplaceError {
@@ -43,8 +48,8 @@ pub(super) struct WritableDisk {
     slot: u32,
     block: Arc<Mutex<Block>>,
     directory: DiskDirectory,
-    /// The number of layers that came from the snapshot which the machine continues.
-    restored: usize,
+    /// The highest layer of the snapshot that the machine continues.
+    restored: Option<LayerId>,
     /// The disk to insert after the base snapshot was captured.
     waiting: Option<LayeredDisk>,
     /// Keeps other VMs from a volume, exclusively if it is written to.
@@ -70,8 +75,8 @@ pub(super) struct VolumeMount<'a> {
 pub(super) enum Insertion {
     Never,
     Later(LayeredDisk),
-    /// The disk consists of this number of layers of a snapshot, and a top.
-    Now(LayeredDisk, usize),
+    /// The disk consists of the layers of a snapshot, and a top.
+    Now(LayeredDisk),
 }
 
 impl WritableDisk {
@@ -82,9 +87,12 @@ impl WritableDisk {
         no_space: impl Fn() + Send + 'static,
     ) -> Self {
         let (now, waiting, restored) = match insertion {
-            Insertion::Never => (Disk::empty(), None, 0),
-            Insertion::Later(disk) => (Disk::empty(), Some(disk), 0),
-            Insertion::Now(disk, restored) => (Disk::layered(disk), None, restored),
+            Insertion::Never => (Disk::empty(), None, None),
+            Insertion::Later(disk) => (Disk::empty(), Some(disk), None),
+            Insertion::Now(disk) => {
+                let restored = disk.ids().iter().rev().nth(1).copied();
+                (Disk::layered(disk), None, restored)
+            }
         };
         let (name, queue) = match slot {
             SLOT_DATA_DISK => ("changes".to_owned(), CHANGES_QUEUE),
@@ -151,6 +159,10 @@ impl WritableDisk {
         }
     }
 
+    pub(super) fn slot(&self) -> u32 {
+        self.slot
+    }
+
     fn block(&self) -> MutexGuard<'_, Block> {
         self.block.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,6 +190,54 @@ impl WritableDisk {
             .is_none_or(|free| free >= ENOUGH)
     }
 
+    /// Returns true if layers have to be merged before the disk is frozen.
+    pub(super) fn is_full(&self) -> bool {
+        let backing = self.block().disk().clone();
+        backing
+            .layers()
+            .is_some_and(|disk| disk.layers() >= merging::MOST && self.to_merge(true).is_some())
+    }
+
+    /// Returns the layers to merge, if there are many, or, in need, if there are more than
+    /// a few: with the directory, and the disk of which they are.
+    pub(super) fn to_merge(&self, in_need: bool) -> Option<MergePlan> {
+        let disk = self.block().disk().clone();
+        let layers = merging::layers_to_merge(disk.layers()?, in_need, self.restored)?;
+        // Without space for the copy, and for what the guest writes meanwhile.
+        let needed = disk.layers()?.bytes_of_layers(layers.clone());
+        let free = self.directory.free_bytes();
+        if free.is_some_and(|free| free < needed.saturating_add(SPARE)) {
+            tracing::warn!(needed, "no space to merge layers of a disk");
+            return None;
+        }
+        Some(MergePlan {
+            slot: self.slot,
+            directory: self.directory.clone(),
+            disk,
+            layers,
+        })
+    }
+
+    /// Puts a merged layer in its place, beside requests.
+    ///
+    /// # Errors
+    /// The disk was reset meanwhile, or the file cannot be renamed; nothing is changed then.
+    pub(super) fn adopt(&self, merged: DiskLayer) -> Result<(), String> {
+        let mut block = self.block();
+        let replaced: Result<(), ReplaceError> =
+            block.replace_layers(|disk| Ok(self.directory.adopt_merged(disk, merged)?));
+        replaced.map_err(|error| with_causes(&error))
+    }
+
+    /// Removes the layers that were merged.
+    pub(super) fn remove_merged(&self) {
+        let backing = self.block().disk().clone();
+        let Some(disk) = backing.layers() else { return };
+        if let Err(error) = self.directory.remove_merged(disk) {
+            tracing::warn!(error = with_causes(&error), "merged layers are not removed");
+        }
+    }
+
     /// Freezes the layers of a paused machine; `None` if it has no disk.
     ///
     /// # Errors
@@ -188,8 +248,7 @@ impl WritableDisk {
         let Some(disk) = backing.layers() else {
             return Ok(None);
         };
-        let mut layers = self.directory.layers().map_err(cannot_freeze)?;
-        layers.truncate(disk.layers());
+        let mut layers = self.directory.layers_of(disk).map_err(cannot_freeze)?;
         if disk.is_unchanged() {
             layers.pop();
         } else {
@@ -214,8 +273,11 @@ impl WritableDisk {
         if block.disk().layers().is_none() {
             return Ok(());
         }
+        let Some(restored) = self.restored else {
+            return Err("cannot reset its disk: it is of no snapshot".to_owned());
+        };
         let reset: Result<(), ReplaceError> =
-            block.replace_layers(|_| Ok(self.directory.truncate(self.restored)?));
+            block.replace_layers(|_| Ok(self.directory.truncate(restored)?));
         reset.map_err(|error| format!("cannot reset its disk: {}", with_causes(&error)))
     }
 }

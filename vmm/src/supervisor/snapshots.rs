@@ -22,11 +22,16 @@ use super::stage::{
 };
 use super::{Supervisor, SupervisorTimer, printable};
 use crate::agent::Purpose;
-use crate::guest::{AfterCapture, GuestMachine, PublishedSnapshot, SnapshotPlan};
+use crate::guest::{
+    AfterCapture, GuestMachine, MergeEnd, MergeStep, PublishedSnapshot, SnapshotPlan,
+};
 
 /// Time limit for the guest to freeze its workload and write back its data. (The agent
 /// has a shorter limit, if it still runs.)
 pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The answer for a snapshot that will not be taken.
+const ENDED: &str = "the VM exited before its snapshot was taken";
 
 /// A clone could reach the directories only by their paths, and a path in a snapshot is no
 /// right to what is there.
@@ -34,6 +39,44 @@ const SHARES: &str = "files of the host are mounted in this VM, and a snapshot c
 
 impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn start_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
+        if self.waits_for_merge() {
+            return self.waiting_snapshots.push((client, plan));
+        }
+        self.start_snapshot_now(client, plan);
+    }
+
+    /// Returns true if layers of a disk are merged, and have to be before the machine is
+    /// captured.
+    fn waits_for_merge(&mut self) -> bool {
+        let can_start = match &self.stage {
+            SupervisorStage::Running(running) => {
+                matches!(running.machine, MachineActivity::Free) && running.publishing.is_none()
+            }
+            SupervisorStage::Starting(_)
+            | SupervisorStage::Resetting(_)
+            | SupervisorStage::Ending(_) => false,
+        };
+        match &mut self.guest {
+            Some(guest) => can_start && guest.is_full() && guest.merge(true),
+            None => false,
+        }
+    }
+
+    /// Handles a step of a merge. Snapshots that waited for its end are taken, also with
+    /// more layers if it has failed.
+    pub(super) fn merge_went_on(&mut self, step: MergeStep) {
+        let end = self.guest.as_mut().and_then(|guest| guest.merge_step(step));
+        if let Some(end) = end {
+            for (client, plan) in std::mem::take(&mut self.waiting_snapshots) {
+                match end {
+                    MergeEnd::Done => self.start_snapshot(client, plan),
+                    MergeEnd::Failed => self.start_snapshot_now(client, plan),
+                }
+            }
+        }
+    }
+
+    fn start_snapshot_now(&mut self, client: u64, plan: SnapshotPlan) {
         if let Err(refusal) = self.try_start_snapshot(client, plan) {
             self.answer(client, &ControlAnswer::Error(refusal));
         }
@@ -327,7 +370,10 @@ impl<G: GuestMachine> Supervisor<G> {
         }
         if self.stage.has_ended() {
             self.close_client(job.client);
-            self.release_when_published();
+            return self.release_when_published();
+        }
+        if let Some(guest) = &mut self.guest {
+            guest.merge(false);
         }
     }
 
@@ -397,6 +443,9 @@ impl<G: GuestMachine> Supervisor<G> {
         &mut self,
         before: SupervisorStage,
     ) -> (Option<Copied>, Option<SnapshotJob>) {
+        for (client, _) in std::mem::take(&mut self.waiting_snapshots) {
+            self.answer(client, &ControlAnswer::Error(ENDED.to_owned()));
+        }
         match before {
             SupervisorStage::Starting(startup) => {
                 self.cancel_capture();
@@ -431,8 +480,7 @@ impl<G: GuestMachine> Supervisor<G> {
 
     fn ended_before_capture(&mut self, job: &SnapshotJob) {
         self.cancel_capture();
-        let text = "the VM exited before its snapshot was taken".to_owned();
-        self.answer(job.client, &ControlAnswer::Error(text));
+        self.answer(job.client, &ControlAnswer::Error(ENDED.to_owned()));
     }
 
     /// Answers the client of a snapshot for which the guest did not get ready.

@@ -1,13 +1,13 @@
 //! The supervisor against a fake machine; the test plays the agent.
 
 mod clients;
-mod clock;
 mod ends;
 mod ephemeral;
 mod health;
 mod held;
 mod hostile;
 mod input_output;
+mod merges;
 mod record;
 mod restarts;
 mod signals;

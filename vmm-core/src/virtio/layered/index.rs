@@ -62,6 +62,15 @@ impl Index {
         self.leaves.iter().all(|leaf| leaf.get().is_none())
     }
 
+    /// The number of its clusters.
+    pub(super) fn count(&self) -> u64 {
+        let leaves = self.leaves.iter().filter_map(OnceLock::get);
+        let words = leaves.flat_map(|leaf| &leaf.words);
+        words
+            .map(|word| u64::from(word.load(Ordering::Acquire).count_ones()))
+            .sum()
+    }
+
     /// Adds the clusters of a leaf of the file.
     pub(super) fn load(&self, leaf: usize, bytes: &[u8; LEAF_BYTES]) {
         if bytes.iter().all(|&byte| byte == 0) {

@@ -45,6 +45,9 @@ pub enum LayerError {
     /// The file has a content already.
     #[error("a new layer needs an empty file, this one has {0} bytes")]
     NotEmpty(u64),
+    /// The merge was cancelled.
+    #[error("cancelled")]
+    Cancelled,
     /// The layers do not lie upon each other in this order.
     #[error("layer {0} does not belong upon the one below it")]
     Order(usize),
@@ -77,8 +80,63 @@ pub struct DiskLayer {
     pub(super) capacity: u64,
     pub(super) id: LayerId,
     pub(super) parent: LayerId,
-    /// Held during a flush: two disks may have a layer that was just frozen.
-    flushing: Mutex<()>,
+    /// Held during a flush: two disks may have a layer that was just frozen. True if the
+    /// file could not be written back.
+    flushing: Mutex<bool>,
+}
+
+/// The description of a layer in its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LayerHeader {
+    /// The name of the layer.
+    pub id: LayerId,
+    /// The name of the one below it; zeros for the lowest layer.
+    pub parent: LayerId,
+    /// The capacity in bytes.
+    pub capacity: u64,
+}
+
+impl LayerHeader {
+    /// Reads the header of a layer, but not its index.
+    ///
+    /// # Errors
+    /// As [`DiskLayer::open`].
+    pub fn read(file: &File) -> Result<Self, LayerError> {
+        read_header(file)
+    }
+}
+
+fn read_header(storage: &dyn Storage) -> Result<LayerHeader, LayerError> {
+    let len = storage.len()?;
+    if len < HEADER_BYTES {
+        return Err(LayerError::Format("it is shorter than a header"));
+    }
+    let mut header = [0; size_of::<Header>()];
+    storage.load(&mut header, 0)?;
+    let header: Header = zerocopy::transmute!(header);
+    if header.magic != MAGIC {
+        return Err(LayerError::Format("it does not begin as one"));
+    }
+    if header.version != VERSION {
+        return Err(LayerError::Version(header.version.get()));
+    }
+    if u64::from(header.cluster.get()) != CLUSTER {
+        return Err(LayerError::Format("its clusters have another size"));
+    }
+    if header.id == LayerId::default() {
+        return Err(LayerError::Format("its name is zeros"));
+    }
+    let capacity = header.capacity.get();
+    check_capacity(capacity)?;
+    if len < data_start(capacity) + capacity {
+        return Err(LayerError::Format("it is shorter than its header says"));
+    }
+    Ok(LayerHeader {
+        id: header.id,
+        parent: header.parent,
+        capacity,
+    })
 }
 
 /// Checks a capacity, which is a caller's or a file's.
@@ -144,7 +202,7 @@ impl DiskLayer {
             capacity,
             id,
             parent,
-            flushing: Mutex::new(()),
+            flushing: Mutex::new(false),
         })
     }
 
@@ -159,39 +217,20 @@ impl DiskLayer {
     }
 
     pub(super) fn open_on(storage: Box<dyn Storage>) -> Result<Self, LayerError> {
-        let len = storage.len()?;
-        if len < HEADER_BYTES {
-            return Err(LayerError::Format("it is shorter than a header"));
-        }
-        let mut header = [0; size_of::<Header>()];
-        storage.load(&mut header, 0)?;
-        let header: Header = zerocopy::transmute!(header);
-        if header.magic != MAGIC {
-            return Err(LayerError::Format("it does not begin as one"));
-        }
-        if header.version != VERSION {
-            return Err(LayerError::Version(header.version.get()));
-        }
-        if u64::from(header.cluster.get()) != CLUSTER {
-            return Err(LayerError::Format("its clusters have another size"));
-        }
-        if header.id == LayerId::default() {
-            return Err(LayerError::Format("its name is zeros"));
-        }
-        let capacity = header.capacity.get();
-        check_capacity(capacity)?;
-        if len < data_start(capacity) + capacity {
-            return Err(LayerError::Format("it is shorter than its header says"));
-        }
+        let LayerHeader {
+            id,
+            parent,
+            capacity,
+        } = read_header(&*storage)?;
         let index = Index::new(capacity / CLUSTER);
         load_index(&*storage, &index, data_start(capacity))?;
         Ok(Self {
             storage,
             index,
             capacity,
-            id: header.id,
-            parent: header.parent,
-            flushing: Mutex::new(()),
+            id,
+            parent,
+            flushing: Mutex::new(false),
         })
     }
 
@@ -221,17 +260,25 @@ impl DiskLayer {
     /// than the data. The bits of the index in the file only ever change from 0 to 1, so a
     /// page of it that a crash leaves half written is an older index.
     pub(super) fn flush(&self) -> io::Result<()> {
-        let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
+            return Err(io::Error::other("an earlier write-back failed"));
+        }
         let dirty = self.index.take_dirty();
-        let written = self.write_index(&dirty);
+        let written = self.write_index(&dirty, &mut failed);
         if written.is_err() {
             self.index.mark_dirty(dirty.iter().map(|(leaf, _)| *leaf));
         }
         written
     }
 
-    fn write_index(&self, dirty: &[(usize, Box<[u8; LEAF_BYTES]>)]) -> io::Result<()> {
-        self.storage.sync()?;
+    fn write_index(
+        &self,
+        dirty: &[(usize, Box<[u8; LEAF_BYTES]>)],
+        failed: &mut bool,
+    ) -> io::Result<()> {
+        let mut sync = || self.storage.sync().inspect_err(|_| *failed = true);
+        sync()?;
         if dirty.is_empty() {
             return Ok(());
         }
@@ -239,7 +286,7 @@ impl DiskLayer {
             let at = HEADER_BYTES + (leaf * LEAF_BYTES) as u64;
             self.storage.store(&bytes[..], at)?;
         }
-        self.storage.sync()
+        sync()
     }
 }
 

@@ -1,9 +1,13 @@
 //! Layers against a model, under power cuts and under concurrent writers.
 
+mod flushing;
+mod merging;
 mod power;
+mod recorded;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 use sm_virtio::queue::Span;
@@ -70,6 +74,7 @@ enum Access {
     Zero { at: u64, len: u64, unmap: bool },
     Flush,
     Freeze,
+    Merge { from: usize, count: usize },
     Reopen,
 }
 
@@ -91,6 +96,7 @@ fn access(sectors: u64) -> impl Strategy<Value = Access> {
         2 => (range, any::<bool>()).prop_map(|((at, len), unmap)| Access::Zero { at, len, unmap }),
         1 => Just(Access::Flush),
         1 => Just(Access::Freeze),
+        1 => (0..6usize, 2..5usize).prop_map(|(from, count)| Access::Merge { from, count }),
         1 => Just(Access::Reopen),
     ]
 }
@@ -141,6 +147,15 @@ proptest! {
                     top += 1;
                 }
                 Access::Freeze => {}
+                Access::Merge { from, count } if from + count < files.len() => {
+                    let new = file();
+                    let handle = new.try_clone().unwrap();
+                    let never = AtomicBool::new(false);
+                    let merged = disk.merge(from..from + count, handle, &never).unwrap();
+                    disk = disk.with_merged(merged).unwrap();
+                    files.splice(from..from + count, [new]);
+                }
+                Access::Merge { .. } => {}
                 Access::Reopen => {
                     disk.flush().unwrap();
                     let open = |file: &File| DiskLayer::open(file.try_clone().unwrap()).unwrap();
