@@ -12,7 +12,7 @@ use sm_guest_proto::control::{GuestStats, IdentityReport};
 use thiserror::Error;
 
 use crate::VERSION;
-use crate::config::LaunchConfig;
+use crate::config::{HostOptionsV1, LaunchConfig};
 use crate::exit::ExitRecord;
 pub use crate::paging::Paging;
 use crate::publish::PublishedPort;
@@ -61,6 +61,8 @@ pub enum MountSource {
         directory: PathBuf,
         /// Name of the file.
         file: Option<String>,
+        /// Options.
+        options: HostOptionsV1,
     },
     /// Guest memory.
     Tmpfs {

@@ -11,6 +11,7 @@
 //! | `backend` | the interface between device and network |
 //! | `receive` | frames for the guest, in its receive buffers |
 //! | `header` | the header of each frame |
+//! | `wire` | headers of Ethernet, ARP, IP, ICMP, UDP and TCP |
 //! | `counters` | counters that any thread reads |
 //! | `saved` | the bytes of the saved state |
 #![warn(missing_docs)]
@@ -25,6 +26,7 @@ mod device;
 mod header;
 mod receive;
 mod saved;
+pub mod wire;
 
 pub use backend::{BACKEND_TOKENS, NetBackend, NetFrame};
 pub use counters::{NetCounters, NetCounts};

@@ -83,7 +83,7 @@ pub use run::{
 pub use sm::{Sm, SmBuilder};
 #[doc(no_inline)]
 pub use sm_control as control;
-pub use sm_control::config::{HealthCheck, RestartPolicy};
+pub use sm_control::config::{HealthCheck, HostChown, HostOptionError, HostOwner, RestartPolicy};
 pub use sm_control::exit::FailureCause;
 pub use sm_control::launch::{
     HealthReport, HealthResult, HealthStatus, Paging, SnapshotReport, StageTimes,

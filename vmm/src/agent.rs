@@ -10,6 +10,7 @@ use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::exec::Hello;
 use sm_guest_proto::frame::FrameType;
 
+use super::clock_error::ClockError;
 use super::conn::Conn;
 
 /// The purpose of an outstanding request.
@@ -19,6 +20,13 @@ pub(crate) enum Purpose {
     Hello,
     /// Give the guest a new identity.
     Refresh,
+    /// Correct the guest's clock, which was set late.
+    AdjustClock {
+        /// Time of the request, in nanoseconds since the Unix epoch.
+        sent_ns: u64,
+        /// Bounds of the clock's error when the request is carried out.
+        error: ClockError,
+    },
     /// Create the container of the workload: mount its root file system.
     AttachRoot,
     /// Mount volumes and tmpfs.

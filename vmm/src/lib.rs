@@ -23,7 +23,7 @@
 //! | `paging`, `prefetch` | memory of a restored machine, and its working set |
 //! | `serving`, `descriptors` | listeners of published ports; the budget of descriptors |
 //! | `supervisor` | one `poll` loop over the agent, the workload, clients and deadlines: `stage` has the states, `guest_side` the way to a running workload, `clients` their requests, `snapshots` captures, `ending` the exit record and the end |
-//! | `agent`, `conn`, `guest` | the supervisor's view of the agent, of streams, and of the machine |
+//! | `agent`, `conn`, `guest`, `clock_error` | the supervisor's view of the agent, of streams, of the machine, and of the guest's clock |
 //! | `restart` | the next run of a VM with a restart policy, which replaces this process |
 //! | `capturing` | captures of a machine, on a thread |
 //!
@@ -122,6 +122,7 @@ struct Readme;
 mod agent;
 mod cache;
 mod capturing;
+mod clock_error;
 mod conn;
 mod descriptors;
 pub mod disks;

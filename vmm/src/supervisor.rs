@@ -13,6 +13,7 @@ mod admission;
 mod clients;
 mod ending;
 mod events;
+mod guest_clock;
 mod guest_side;
 mod health;
 mod machine_end;

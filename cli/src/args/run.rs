@@ -127,13 +127,14 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
     /// Mount a directory or file of the host (a source with /), or a volume, which is created
-    /// if it does not exist; without a source, a disk that is removed with the VM. Options: ro,
-    /// nocopy (leave an empty volume empty)
+    /// if it does not exist; without a source, a disk that is removed with the VM. Options: ro;
+    /// nocopy (leave an empty volume empty); for a path of the host, owner=squash|keep|UID:GID
+    /// and chown=xattr|ignore|deny
     #[arg(short, long, value_name = "[SOURCE:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
     pub(crate) volume: Vec<Mount>,
     /// Mount a volume, a path of the host or guest memory: type=volume|bind|tmpfs,target=PATH,
-    /// and source=NAME or source=PATH, readonly, volume-nocopy, tmpfs-size=SIZE or
-    /// tmpfs-mode=MODE
+    /// and source=NAME or source=PATH, readonly, volume-nocopy, owner=OWNER, chown=EFFECT,
+    /// tmpfs-size=SIZE or tmpfs-mode=MODE
     #[arg(long, value_name = "OPTION=VALUE[,OPTION=VALUE]...", value_parser = Mount::from_mount_option)]
     pub(crate) mount: Vec<Mount>,
     /// Mount guest memory. Options: size=SIZE, mode=MODE, ro

@@ -11,6 +11,7 @@
 //! so a new field does not compile until each form has an answer for it. Golden files in
 //! `tests/forms.rs` hold the JSON of the last two.
 
+mod host_options;
 mod launch;
 mod life;
 mod record;
@@ -22,6 +23,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use self::host_options::{HostChown, HostOptionError, HostOptionsV1, HostOwner};
 pub use self::launch::LaunchConfig;
 pub use self::life::{RestartPolicy, UnknownPolicy};
 pub use self::record::{RecordConfigV1, RecordFormError};

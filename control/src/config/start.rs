@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::HostOptionsV1;
 use crate::paging::Paging;
 
 /// The settings with which a VM is started, each time: the part of a launch request that
@@ -69,6 +70,9 @@ pub enum MountSourceV1 {
     Host {
         /// Its absolute path, which is resolved at each start.
         path: PathBuf,
+        /// Options.
+        #[serde(default, flatten)]
+        options: HostOptionsV1,
     },
     /// Guest memory.
     Tmpfs {

@@ -353,6 +353,12 @@ fn set_clock(nanoseconds: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Moves the wall clock by `offset_ns` nanoseconds.
+pub(crate) fn adjust_clock(offset_ns: i64) -> io::Result<()> {
+    let moved = realtime_ns().checked_add_signed(offset_ns);
+    set_clock(moved.ok_or(io::ErrorKind::InvalidInput)?)
+}
+
 /// Returns the guest's wall clock in nanoseconds since the Unix epoch.
 pub(crate) fn realtime_ns() -> u64 {
     let now = SystemTime::now()

@@ -27,6 +27,12 @@ pub enum ControlRequest {
     /// workload code runs: when the reply arrives, the guest has no identifier in common
     /// with other clones.
     Refresh(Refresh),
+    /// Move the wall clock by `offset_ns` nanoseconds. Sent when a refresh took so long
+    /// that the time in it was late. Answered by [`ControlReply::ClockAdjusted`].
+    AdjustClock {
+        /// Nanoseconds to add; negative to move the clock back.
+        offset_ns: i64,
+    },
     /// Create a container: mount its root file system and prepare it for commands.
     AttachRoot(AttachRoot),
     /// Mount file systems in a container's root, after it was attached and before the main
@@ -189,6 +195,11 @@ pub enum ControlReply {
     Done,
     /// Answer to a refresh.
     Refreshed(Refreshed),
+    /// Answer to [`ControlRequest::AdjustClock`].
+    ClockAdjusted {
+        /// Guest wall clock in nanoseconds since the Unix epoch after it was moved.
+        realtime_ns: u64,
+    },
     /// Answer to [`ControlRequest::Stats`].
     Stats(GuestStats),
     /// Answer to [`ControlRequest::IdentityReport`].

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use sm_control::config::HostOptionsV1;
 use sm_control::launch::{MountRequest, MountSource};
 
 use crate::home::Home;
@@ -57,7 +58,12 @@ fn contained(home: &Home, path: &Path) -> Option<PathBuf> {
 ///
 /// # Errors
 /// The path does not exist or cannot be mounted.
-pub(super) fn resolved(home: &Home, path: &Path, read_only: bool) -> Result<MountSource, Error> {
+pub(super) fn resolved(
+    home: &Home,
+    path: &Path,
+    options: HostOptionsV1,
+    read_only: bool,
+) -> Result<MountSource, Error> {
     let failed = |source| Error::File {
         operation: "mount",
         path: path.to_owned(),
@@ -89,12 +95,14 @@ pub(super) fn resolved(home: &Home, path: &Path, read_only: bool) -> Result<Moun
         return Ok(MountSource::Host {
             directory: real,
             file: None,
+            options,
         });
     }
     match (real.parent(), real.file_name()) {
         (Some(parent), Some(name)) if kind.is_file() => Ok(MountSource::Host {
             directory: parent.to_owned(),
             file: Some(name.to_string_lossy().into_owned()),
+            options,
         }),
         _ if kind.is_socket() => Err(refused(
             "it is a socket, to which programs in a guest cannot connect".to_owned(),
@@ -114,6 +122,7 @@ pub(crate) fn warnings(home: &Home, mounts: &[MountRequest]) -> Vec<String> {
         let MountSource::Host {
             directory,
             file: None,
+            ..
         } = &mount.source
         else {
             return None;
@@ -166,6 +175,7 @@ mod tests {
         let host = |directory: PathBuf, file: Option<&str>| MountSource::Host {
             directory,
             file: file.map(str::to_owned),
+            options: HostOptionsV1::default(),
         };
         for (name, source) in [
             ("d", host(real.join("d"), None)),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use sm_control::config::{MountSourceV1, MountV1};
+use sm_control::config::{HostChown, HostOptionsV1, HostOwner, MountSourceV1, MountV1};
 use sm_control::launch::{MountRequest, MountSource};
 
 use super::{VolumeError, VolumeOptions, Volumes, host};
@@ -35,6 +35,7 @@ enum MountKind {
     },
     Host {
         path: PathBuf,
+        options: HostOptionsV1,
     },
     Tmpfs {
         size: Option<u64>,
@@ -74,7 +75,10 @@ impl Mount {
     #[must_use]
     pub fn host(path: impl Into<PathBuf>, target: impl Into<String>) -> Self {
         Self {
-            kind: MountKind::Host { path: path.into() },
+            kind: MountKind::Host {
+                path: path.into(),
+                options: HostOptionsV1::default(),
+            },
             target: target.into(),
             read_only: false,
         }
@@ -110,6 +114,27 @@ impl Mount {
         self
     }
 
+    /// Sets the owners of the host's files in the guest. By default, they are those of the
+    /// host if root starts the VM; otherwise files of the user who starts it belong to the
+    /// workload's user.
+    #[must_use]
+    pub fn owner(mut self, owner: HostOwner) -> Self {
+        if let MountKind::Host { options, .. } = &mut self.kind {
+            options.owner = Some(owner);
+        }
+        self
+    }
+
+    /// Sets the effect of chown(2) in the guest on the host's files: by default, the owner is
+    /// stored in an extended attribute of the file.
+    #[must_use]
+    pub fn chown(mut self, chown: HostChown) -> Self {
+        if let MountKind::Host { options, .. } = &mut self.kind {
+            options.chown = chown;
+        }
+        self
+    }
+
     /// Sets the limit of a tmpfs in bytes.
     #[must_use]
     pub fn size(mut self, bytes: u64) -> Self {
@@ -129,13 +154,15 @@ impl Mount {
     }
 
     /// Parses the value of Docker's `-v`: `[SOURCE:]TARGET[:OPTIONS]`, with the options `ro`,
-    /// `rw` and, for a volume, `nocopy`. A source that begins with `/`, `.` or `~` is a path of
-    /// the host, any other is the name of a volume.
+    /// `rw`, for a volume `nocopy`, and for a path of the host `owner=squash|keep|UID:GID` and
+    /// `chown=xattr|ignore|deny`. A source that begins with `/`, `.` or `~` is a path of the
+    /// host, any other is the name of a volume.
     ///
     /// # Errors
     /// A sentence.
     pub fn from_volume_option(text: &str) -> Result<Self, String> {
-        let parts: Vec<&str> = text.split(':').collect();
+        // The options may contain colons.
+        let parts: Vec<&str> = text.splitn(3, ':').collect();
         let (name, target, options) = match parts[..] {
             [target] => (None, target, ""),
             [name, target] if target.starts_with('/') => (Some(name), target, ""),
@@ -153,12 +180,23 @@ impl Mount {
             None => Self::anonymous(target),
         };
         for option in options.split(',').filter(|option| !option.is_empty()) {
+            let (name, value) = option.split_once('=').unwrap_or((option, ""));
+            let is_host = matches!(mount.kind, MountKind::Host { .. });
             mount = match option {
                 "ro" => mount.read_only(true),
                 "rw" => mount.read_only(false),
                 "nocopy" if matches!(mount.kind, MountKind::Volume { .. }) => mount.without_copy(),
-                // Labels of SELinux, and hints for caches of other systems.
-                "z" | "Z" | "cached" | "delegated" | "consistent" => mount,
+                // Labels of SELinux, hints for caches of other systems, and the only way in
+                // which mounts of a VM propagate.
+                "z" | "Z" | "cached" | "delegated" | "consistent" | "private" | "rprivate" => mount,
+                _ if is_host && matches!(name, "owner" | "chown") => {
+                    mount.with_host_option(name, value)?
+                }
+                _ if is_host => {
+                    return Err(format!(
+                        "\"{option}\" is no option of this mount: ro, rw, owner=, chown="
+                    ));
+                }
                 _ => {
                     return Err(format!(
                         "\"{option}\" is no option of this mount: ro, rw, and nocopy for a volume"
@@ -171,7 +209,7 @@ impl Mount {
 
     /// Parses the value of Docker's `--mount`: `type=volume|bind|tmpfs,target=PATH`, with
     /// `source=NAME` or `source=PATH`, `readonly`, `volume-nocopy`, `tmpfs-size=SIZE` and
-    /// `tmpfs-mode=MODE`.
+    /// `tmpfs-mode=MODE`; with a path, `owner=` and `chown=` as in `-v`.
     ///
     /// # Errors
     /// A sentence.
@@ -199,6 +237,7 @@ impl Mount {
         };
         let is_tmpfs = matches!(mount.kind, MountKind::Tmpfs { .. });
         let is_volume = matches!(mount.kind, MountKind::Volume { .. });
+        let is_host = matches!(mount.kind, MountKind::Host { .. });
         for part in text.split(',') {
             let (name, value) = part.split_once('=').unwrap_or((part, ""));
             mount = match name {
@@ -209,6 +248,9 @@ impl Mount {
                     "" | "true" | "1" => mount.without_copy(),
                     _ => mount,
                 },
+                "owner" | "chown" if is_host => mount.with_host_option(name, value)?,
+                "consistency" if is_host => mount,
+                "bind-propagation" if is_host && matches!(value, "private" | "rprivate") => mount,
                 "tmpfs-size" if is_tmpfs => mount.size(parse_size(value)?),
                 "tmpfs-mode" if is_tmpfs => mount.mode(parse_mode(value)?),
                 _ => return Err(format!("\"{part}\" is no option of this mount")),
@@ -243,6 +285,15 @@ impl Mount {
         mount.checked()
     }
 
+    /// Sets an option of a path of the host.
+    fn with_host_option(self, name: &str, value: &str) -> Result<Self, String> {
+        let bad = |error| format!("option \"{name}\": {error}");
+        Ok(match name {
+            "owner" => self.owner(value.parse().map_err(bad)?),
+            _ => self.chown(value.parse().map_err(bad)?),
+        })
+    }
+
     /// Returns the form in the VM's record.
     pub(crate) fn stored(&self) -> MountV1 {
         MountV1 {
@@ -251,7 +302,8 @@ impl Mount {
                     name: name.clone(),
                     copy: *copy,
                 },
-                MountKind::Host { path } => MountSourceV1::Host {
+                MountKind::Host { path, options } => MountSourceV1::Host {
+                    options: *options,
                     // A later start has another working directory.
                     path: std::path::absolute(path).unwrap_or_else(|_| path.clone()),
                 },
@@ -330,8 +382,8 @@ pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<Moun
                 },
                 copy: *copy,
             },
-            MountSourceV1::Host { path } => {
-                host::resolved(volumes.sm.home(), path, mount.read_only)?
+            MountSourceV1::Host { path, options } => {
+                host::resolved(volumes.sm.home(), path, *options, mount.read_only)?
             }
             MountSourceV1::Tmpfs { size, mode } => MountSource::Tmpfs {
                 size: *size,
@@ -364,6 +416,12 @@ mod tests {
         assert_eq!(parse("/home/me:/work"), Ok(work.clone()));
         assert_eq!(parse("/home/me:/work:ro,z"), Ok(work.read_only(true)));
         assert_eq!(parse(".:/work"), Ok(Mount::host(".", "/work")));
+        let owned = Mount::host(".", "/work").owner(HostOwner::Fixed { uid: 1, gid: 2 });
+        assert_eq!(parse(".:/work:owner=1:2"), Ok(owned.clone()));
+        assert_eq!(
+            parse(".:/work:chown=deny,owner=1:2,ro"),
+            Ok(owned.chown(HostChown::Deny).read_only(true))
+        );
         assert_eq!(
             parse("/data:ro"),
             Ok(Mount::anonymous("/data").read_only(true))
@@ -374,7 +432,10 @@ mod tests {
             ("db:/", "absolute path"),
             ("db:/data:fast", "no option of this mount"),
             ("/home:/data:nocopy", "no option of this mount"),
-            ("a:/b:ro:c", "no volume"),
+            ("a:/b:ro:c", "\"ro:c\" is no option"),
+            ("a:/b:owner=keep", "nocopy for a volume"),
+            (".:/b:owner=root", "squash, keep and UID:GID"),
+            (".:/b:chown=yes", "xattr, ignore and deny"),
             ("/home:data", "no option of this mount"),
         ] {
             let error = parse(text).unwrap_err();
@@ -400,6 +461,12 @@ mod tests {
             Ok(Mount::host("./x", "/x").read_only(true))
         );
         assert_eq!(
+            parse("type=bind,source=.,target=/x,owner=squash,chown=ignore"),
+            Ok(Mount::host(".", "/x")
+                .owner(HostOwner::Squash)
+                .chown(HostChown::Ignore))
+        );
+        assert_eq!(
             parse("type=tmpfs,target=/t,tmpfs-size=1g,tmpfs-mode=700"),
             Ok(Mount::tmpfs("/t").size(1 << 30).mode(0o700))
         );
@@ -409,6 +476,12 @@ mod tests {
             ("type=bind,target=/x", "no source"),
             ("type=bind,source=/x,target=/x,volume-nocopy", "no option"),
             ("type=tmpfs,source=db,target=/x", "no option"),
+            ("source=db,target=/x,owner=keep", "no option"),
+            ("type=bind,source=.,target=/x,owner=me", "squash, keep and"),
+            (
+                "type=bind,source=.,target=/x,bind-propagation=shared",
+                "no option",
+            ),
             ("type=volume,target=/x,tmpfs-size=1m", "no option"),
             ("type=tmpfs,target=/x,tmpfs-size=much", "no size"),
             ("type=tmpfs,target=/x,tmpfs-mode=999", "no mode"),

@@ -1,9 +1,10 @@
 //! The directories of the host that a machine shares with its guest.
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use sm_control::config::{HostChown, HostOwner};
 use sm_control::launch::{LaunchRequest, MountSource};
 use sm_control::with_causes;
-use sm_devices_fs::{Fs, FsConfig, Share, ShareOptions, ShareOwner};
+use sm_devices_fs::{ChownPolicy, Fs, FsConfig, Share, ShareOptions, ShareOwner};
 
 /// Returns true if directories of the host are mounted.
 pub(super) fn has_any(request: &LaunchRequest) -> bool {
@@ -18,13 +19,18 @@ pub(super) fn has_any(request: &LaunchRequest) -> bool {
 /// # Errors
 /// A directory cannot be opened; a sentence.
 pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, String> {
-    let owner = owner(&request.config.workload.user);
+    let user = &request.config.workload.user;
     let mut config = FsConfig::default()
         .max_handles(files.0)
         .max_directories(files.1);
     let mut number = 0u32;
     for mount in &request.mounts {
-        let MountSource::Host { directory, file } = &mount.source else {
+        let MountSource::Host {
+            directory,
+            file,
+            options: chosen,
+        } = &mount.source
+        else {
             continue;
         };
         let failed = |error: &dyn std::error::Error| {
@@ -39,7 +45,8 @@ pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, S
         let opened = opened.map_err(|errno| failed(&std::io::Error::from(errno)))?;
         let options = ShareOptions::default()
             .read_only(mount.read_only)
-            .owner(owner)
+            .owner(owner(chosen.owner, user)?)
+            .chown(chown(chosen.chown)?)
             .submounts(true);
         let name = number.to_string();
         let share = match file {
@@ -55,17 +62,52 @@ pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, S
     })
 }
 
-/// Returns the owners that the guest sees. Root of the host has the files of all users, with
-/// their owners; files of another user are those of the workload.
-fn owner(user: &str) -> ShareOwner {
-    if rustix::process::geteuid().is_root() {
-        return ShareOwner::Keep;
-    }
+/// Returns the owners that the guest sees. By default, root of the host has the files of all
+/// users, with their owners; files of another user are those of the workload.
+fn owner(chosen: Option<HostOwner>, user: &str) -> Result<ShareOwner, String> {
     // A name is known to the guest only, where root may use all files.
     let (user, group) = user.split_once(':').unwrap_or((user, ""));
     let uid = user.parse().unwrap_or(0);
-    ShareOwner::Squash {
-        uid,
-        gid: group.parse().unwrap_or(uid),
+    let gid = group.parse().unwrap_or(uid);
+    match chosen {
+        None if rustix::process::geteuid().is_root() => Ok(ShareOwner::Keep),
+        None | Some(HostOwner::Squash) => Ok(ShareOwner::Squash { uid, gid }),
+        Some(HostOwner::Keep) => Ok(ShareOwner::Keep),
+        Some(HostOwner::Fixed { uid, gid }) => Ok(ShareOwner::Fixed { uid, gid }),
+        Some(other) => Err(format!("this program does not know the owners {other:?}")),
+    }
+}
+
+/// Returns the effect of chown(2).
+fn chown(chosen: HostChown) -> Result<ChownPolicy, String> {
+    match chosen {
+        HostChown::Xattr => Ok(ChownPolicy::Override),
+        HostChown::Ignore => Ok(ChownPolicy::Ignore),
+        HostChown::Deny => Ok(ChownPolicy::Deny),
+        other => Err(format!("this program does not know chown={other:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_belong_to_the_workload_or_as_chosen() {
+        let squash = |uid, gid| Ok(ShareOwner::Squash { uid, gid });
+        let chosen = Some(HostOwner::Squash);
+        assert_eq!(owner(chosen, ""), squash(0, 0));
+        assert_eq!(owner(chosen, "www-data"), squash(0, 0));
+        assert_eq!(owner(chosen, "1000"), squash(1000, 1000));
+        assert_eq!(owner(chosen, "1000:50"), squash(1000, 50));
+        let default = owner(None, "1000");
+        match rustix::process::geteuid().is_root() {
+            true => assert_eq!(default, Ok(ShareOwner::Keep)),
+            false => assert_eq!(default, squash(1000, 1000)),
+        }
+        let fixed = Some(HostOwner::Fixed { uid: 7, gid: 8 });
+        assert_eq!(owner(fixed, "1"), Ok(ShareOwner::Fixed { uid: 7, gid: 8 }));
+        assert_eq!(owner(Some(HostOwner::Keep), "1"), Ok(ShareOwner::Keep));
+        assert_eq!(chown(HostChown::Deny), Ok(ChownPolicy::Deny));
     }
 }

@@ -207,6 +207,8 @@ impl<G: GuestMachine> Supervisor<G> {
                     );
                 }
                 self.reach(IDENTITY_REFRESHED);
+                // Before the workload goes on.
+                self.clock_was_set(refreshed.realtime_ns);
                 if let StartSource::IdentityReport(_) = self.request.source {
                     return self.request_identity_report();
                 }
@@ -219,6 +221,15 @@ impl<G: GuestMachine> Supervisor<G> {
                     }
                     Some(Layer::App) => self.continue_workload(),
                 }
+            }
+            (
+                Purpose::AdjustClock { sent_ns, error },
+                ControlReply::ClockAdjusted { realtime_ns },
+            ) => self.clock_was_adjusted(error, sent_ns, realtime_ns),
+            // An agent from before this request is part of an old snapshot.
+            (Purpose::AdjustClock { .. }, ControlReply::Error { message }) => {
+                let message = printable(&message);
+                tracing::warn!(message, "the guest's clock is late");
             }
             (Purpose::AttachRoot, ControlReply::Done) => {
                 self.reach("root attached");

@@ -40,6 +40,8 @@ pub(super) fn of_guest(requested: &[MountRequest]) -> Vec<GuestMount> {
 
 #[cfg(test)]
 mod tests {
+    use sm_control::config::HostOptionsV1;
+
     use super::*;
 
     #[test]
@@ -59,6 +61,7 @@ mod tests {
             mode: None,
         };
         let host = |file: Option<&str>| MountSource::Host {
+            options: HostOptionsV1::default(),
             directory: "/x".into(),
             file: file.map(str::to_owned),
         };

@@ -1,6 +1,7 @@
 //! The supervisor against a fake machine; the test plays the agent.
 
 mod clients;
+mod clock;
 mod ends;
 mod ephemeral;
 mod health;

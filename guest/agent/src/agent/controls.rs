@@ -79,6 +79,7 @@ fn request_name(request: &ControlRequest) -> &'static str {
     match request {
         ControlRequest::Hello(_) => "hello",
         ControlRequest::Refresh(_) => "refresh",
+        ControlRequest::AdjustClock { .. } => "adjust clock",
         ControlRequest::AttachRoot(_) => "attach root",
         ControlRequest::Mount { .. } => "mount",
         ControlRequest::Freeze => "freeze",

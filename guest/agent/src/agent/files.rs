@@ -70,8 +70,14 @@ impl Agent {
         Ok(())
     }
 
-    /// Thaws a container that an operation has frozen.
+    /// Thaws a container that an operation has frozen, unless another one still needs it
+    /// frozen.
     pub(super) fn continue_container(&mut self, key: Key) {
+        let pauses = CommandKind::Files { pauses: true };
+        let is_needed = |other: &RunningCommand| other.container == key && other.kind == pauses;
+        if self.running.values().any(is_needed) {
+            return;
+        }
         if let Some(container) = self.containers.get(key) {
             log::note_failure("thaw a container", container.cgroup.freeze(false));
         }

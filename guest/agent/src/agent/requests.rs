@@ -34,6 +34,12 @@ impl Agent {
         Some(match request {
             ControlRequest::Hello(_) => ControlReply::Hello(self.facts.hello()),
             ControlRequest::Refresh(refresh) => return self.refresh(key, &refresh),
+            ControlRequest::AdjustClock { offset_ns } => match identity::adjust_clock(offset_ns) {
+                Ok(()) => ControlReply::ClockAdjusted {
+                    realtime_ns: identity::realtime_ns(),
+                },
+                Err(error) => failed(format_args!("set the clock: {error}")),
+            },
             ControlRequest::AttachRoot(plan) => return self.attach_root(key, &plan),
             ControlRequest::Mount { container, mounts } => {
                 return self.mount(key, &container, &mounts);

@@ -39,6 +39,10 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     ("a_paused_container_continues", a_paused_container_continues),
     (
+        "a_container_stays_paused_for_another_operation",
+        a_container_stays_paused_for_another_operation,
+    ),
+    (
         "operations_need_a_root_and_end_with_it",
         operations_need_a_root_and_end_with_it,
     ),
@@ -465,11 +469,12 @@ fn a_layer_of_renamed_directories() {
 
 fn a_paused_container_continues() {
     let agent = Agent::attached();
-    let mut request = shell("while :; do echo tick >>/tick; done");
+    let mut request = shell("echo tick >/tick; echo on; while :; do echo tick >>/tick; done");
     request.role = Role::Main;
     let mut main = start(agent.path(), &request);
     main.next_kind(FrameType::Control);
     main.next_kind(FrameType::Control);
+    main.next_kind(FrameType::Stdout);
     let archive = layer(&agent, true);
     assert!(names(&archive).iter().any(|name| name == "tick"));
     let frozen = || {
@@ -487,6 +492,28 @@ fn a_paused_container_continues() {
     };
     assert!(stats.processes > 0);
     text_of(&agent, "true");
+}
+
+fn a_container_stays_paused_for_another_operation() {
+    let agent = Agent::attached();
+    text_of(&agent, "head -c 33554432 /dev/zero >/large");
+    let frozen = || {
+        let events = agent.cgroup().join("containers/main/cgroup.events");
+        std::fs::read_to_string(events)
+            .unwrap()
+            .contains("frozen 1")
+    };
+    // It waits for its client, which reads the beginning only.
+    let mut first = begin(&agent, FileOperation::Layer { pause: true });
+    first.next_kind(FrameType::Control);
+    first.next_kind(FrameType::Control);
+    first.next_kind(FrameType::Stdout);
+    assert!(frozen());
+    layer(&agent, true);
+    assert!(frozen(), "the first operation is not at its end");
+    drop(first);
+    text_of(&agent, "true");
+    assert!(!frozen());
 }
 
 fn operations_need_a_root_and_end_with_it() {

@@ -225,13 +225,14 @@ fn a_vm_that_is_to_stop_ends_with_its_snapshot() {
 /// Plays the agent of a restored guest up to its answer to the refresh.
 fn restored(f: &mut Fixture, vmgenid_seen: bool) -> (FramedPeer, FramedPeer) {
     let agent = f.dial();
-    answer_as_restored(f, agent, vmgenid_seen)
+    answer_as_restored(f, agent, vmgenid_seen, 0)
 }
 
-fn answer_as_restored(
+pub(super) fn answer_as_restored(
     f: &mut Fixture,
     mut agent: FramedPeer,
     vmgenid_seen: bool,
+    realtime_ns: u64,
 ) -> (FramedPeer, FramedPeer) {
     let _: ControlRequest = agent.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Hello(AgentHello {
@@ -248,7 +249,7 @@ fn answer_as_restored(
     let _: ExecControl = main.receive_json(FrameType::Control);
     agent.send_json(&ControlReply::Refreshed(Refreshed {
         vmgenid_seen,
-        ..Refreshed::default()
+        realtime_ns,
     }));
     (agent, main)
 }
@@ -459,7 +460,7 @@ fn a_reset_machine_has_a_new_identity() {
     assert!(main.receive().is_none());
     let (to, stream) = f.connections.recv().unwrap();
     assert_eq!(to, port::CONTROL);
-    let (mut agent, mut main) = answer_as_restored(&mut f, FramedPeer(stream), true);
+    let (mut agent, mut main) = answer_as_restored(&mut f, FramedPeer(stream), true, 0);
     expect_thaw(&mut agent);
     let attach: ExecControl = main.receive_json(FrameType::Control);
     assert_eq!(
