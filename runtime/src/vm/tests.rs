@@ -22,6 +22,7 @@ use sm_vmm::testing::{self, FramedPeer, SupervisorSetup, in_own_process, text};
 use tempfile::TempDir;
 
 use super::*;
+use crate::events::{EventAction, EventQuery};
 use crate::logs::Logs;
 use crate::record::ExitReason;
 
@@ -88,6 +89,32 @@ fn vms_are_inspected_without_a_time_limit() {
     let found = f.sm.vms().inspect(Duration::MAX).unwrap();
     let states: Vec<_> = found.vms.iter().map(|vm| vm.state.status).collect();
     assert_eq!(states, [VmStatus::Running]);
+    main.exit(0);
+    f.vm.finish();
+}
+
+/// As `sm events` and `sm inspect` show it.
+#[test]
+fn a_vm_without_space_on_the_host_says_so() {
+    let mut f = fixture(SupervisorSetup::default().detached());
+    let (_agent, mut main) = f.vm.start();
+    let mut events =
+        f.sm.events(EventQuery::new().since(0).follow(true))
+            .unwrap();
+    let mut next = |action| {
+        let mut noted = std::iter::from_fn(|| events.wait_event().unwrap());
+        let event = noted.find(|event| event.action == action).unwrap();
+        assert_eq!(event.attributes["reason"], "no_disk_space");
+    };
+    f.vm.set_space(false);
+    next(EventAction::Pause);
+    let state = f.find().inspect().unwrap().state;
+    assert_eq!(state.status, VmStatus::Paused);
+    assert_eq!(state.problem.unwrap(), "no disk space on the host");
+    f.vm.set_space(true);
+    next(EventAction::Unpause);
+    let state = f.find().inspect().unwrap().state;
+    assert_eq!((state.status, state.problem), (VmStatus::Running, None));
     main.exit(0);
     f.vm.finish();
 }

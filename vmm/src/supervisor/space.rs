@@ -1,10 +1,12 @@
 //! A host without disk space for what the guest writes.
 //!
 //! An error would turn the guest's file system read-only until it is mounted again, so the
-//! request waits, and the VM with it. No event tells that there is space again, so the supervisor looks for it,
-//! once in a while and only then.
+//! request waits, and the VM with it. No event tells that there is space again, so the
+//! supervisor looks for it, once in a while and only then.
 
 use std::time::Duration;
+
+use sm_control::event::EventAction;
 
 use super::stage::{MachineActivity, RunningStage, SupervisorStage};
 use super::{Supervisor, SupervisorTimer};
@@ -13,6 +15,9 @@ use crate::guest::GuestMachine;
 /// Refusal of what needs a machine without waiting requests.
 pub(super) const NO_SPACE: &str =
     "the VM waits for disk space on the host: free some, and try again";
+
+/// The reason in events, of which others have none.
+const REASON: &str = "no_disk_space";
 
 /// Time between two looks for space.
 pub(super) const LOOK: Duration = Duration::from_secs(1);
@@ -35,10 +40,17 @@ impl<G: GuestMachine> Supervisor<G> {
         {
             tracing::warn!("the host has no space for what the guest writes: it is paused");
             match guest.pause() {
-                Ok(()) => *machine = MachineActivity::NoSpace,
+                Ok(()) => {
+                    *machine = MachineActivity::NoSpace;
+                    self.note_space(EventAction::Pause);
+                }
                 Err(error) => tracing::warn!(error, "the VM is not paused"),
             }
         }
+    }
+
+    fn note_space(&self, action: EventAction) {
+        self.note(action, |event| event.with("reason", REASON));
     }
 
     /// Lets the requests that wait for space be executed again, if there is some.
@@ -57,7 +69,11 @@ impl<G: GuestMachine> Supervisor<G> {
             }) => {
                 *machine = MachineActivity::Free;
                 tracing::info!("the host has space again");
-                guest.resume()
+                let resumed = guest.resume();
+                if resumed.is_ok() {
+                    self.note_space(EventAction::Unpause);
+                }
+                resumed
             }
             // Its end is a resume, too.
             SupervisorStage::Running(RunningStage {

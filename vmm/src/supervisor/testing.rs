@@ -50,7 +50,6 @@ pub struct Fixture<R> {
     control: Endpoint,
     pub(crate) dial: EventSender,
     pub(crate) connections: Receiver<(u32, UnixStream)>,
-    #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) guest: Arc<FakeState>,
     #[cfg_attr(not(test), expect(dead_code, reason = "only this crate's tests look"))]
     pub(crate) terminate: UnixStream,
@@ -291,6 +290,18 @@ impl<R> Fixture<R> {
         let (theirs, ours) = UnixStream::pair().unwrap();
         self.dial.send(SupervisorEvent::Agent(theirs));
         FramedPeer(ours)
+    }
+
+    /// Lets the guest write to a full disk of the host, or makes space there; the supervisor
+    /// soon notices it.
+    ///
+    /// # Panics
+    /// The supervisor has panicked.
+    pub fn set_space(&self, has_space: bool) {
+        *self.guest.space.lock().unwrap() = has_space;
+        if !has_space {
+            self.dial.send(SupervisorEvent::NoSpace);
+        }
     }
 
     /// Plays the agent up to the request for the workload.

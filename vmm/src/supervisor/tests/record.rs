@@ -68,6 +68,11 @@ impl FakeRecord {
         events.iter().map(|event| event.action.as_str()).collect()
     }
 
+    /// Returns the logged events.
+    pub(super) fn noted(&self) -> Vec<EventRecord> {
+        self.events.lock().unwrap().clone()
+    }
+
     /// Returns the logged output of the workload.
     pub(super) fn output(&self) -> Vec<u8> {
         let output = self.output.lock().unwrap();

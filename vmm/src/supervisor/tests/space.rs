@@ -7,8 +7,7 @@ use crate::guest::SupervisorEvent;
 
 /// Lets the guest write to a full disk; returns when the VM is paused.
 fn fill(f: &Fixture) {
-    *f.guest.space.lock().unwrap() = false;
-    f.dial.send(SupervisorEvent::NoSpace);
+    f.set_space(false);
     until(f, |guest| *guest.paused.lock().unwrap());
 }
 
@@ -30,12 +29,27 @@ fn a_vm_waits_for_space_and_goes_on() {
     let refused = ask_for_snapshot(&f, "warm", false).join().unwrap();
     let error = refused.unwrap_err().to_string();
     assert!(error.contains("waits for disk space"), "{error}");
-    *f.guest.space.lock().unwrap() = true;
+    f.set_space(true);
     until(&f, |guest| !*guest.paused.lock().unwrap());
     let now = status(&f);
     assert!(!now.paused && !now.lacks_space);
     main.exit(0);
+    assert_eq!(
+        events(&f),
+        ["start", "pause no_disk_space", "unpause no_disk_space"]
+    );
     f.finish();
+}
+
+/// The actions so far with their reasons, without those of the end.
+fn events(f: &Fixture) -> Vec<String> {
+    let events = f.record.noted();
+    let shown = events.iter().map(|event| {
+        let reason = event.attributes.get("reason");
+        let reason = reason.map_or_else(String::new, |reason| format!(" {reason}"));
+        format!("{}{reason}", event.action)
+    });
+    shown.take_while(|event| event != "die").collect()
 }
 
 #[test]
@@ -45,6 +59,7 @@ fn a_client_may_unpause_or_stop_a_vm_that_waits_for_space() {
     fill(&f);
     f.control().call(&ControlCall::Resume).unwrap();
     assert!(!*f.guest.paused.lock().unwrap());
+    assert_eq!(events(&f), ["start", "pause no_disk_space", "unpause"]);
     // The request fails again.
     fill(&f);
     f.control()
