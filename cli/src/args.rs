@@ -19,7 +19,7 @@ pub(crate) use life::{EventsArgs, LifeArgs, RenameArgs, RestartArgs, StartArgs, 
 pub(crate) use run::{CreateArgs, ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 pub(crate) use system::{InstallUnitArgs, SystemCommand, SystemPruneArgs, TopArgs};
-pub(crate) use volume::VolumeCommand;
+pub(crate) use volume::{VolumeCommand, VolumeLsArgs, VolumePruneArgs};
 
 /// Help of an image argument.
 const IMAGE_HELP: &str = "The image: NAME[:TAG][@DIGEST] in a registry, oci:DIR[:TAG], \
@@ -167,26 +167,21 @@ pub(crate) struct PsArgs {
     /// Show VMs that have ended, too
     #[arg(short, long)]
     pub(crate) all: bool,
-    /// Print IDs only
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
     /// Do not shorten IDs and commands
     #[arg(long)]
     pub(crate) no_trunc: bool,
-    /// Show only VMs that match: ancestor, exited, health, id, label, name, publish, restart
-    /// or status
+    /// Show only VMs that match: ancestor, exited, health, id, label, name, publish, restart,
+    /// status or volume
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub(crate) filter: Vec<String>,
     /// Show the last N VMs that were created, in any state
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) last: Option<usize>,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Output format: table, json, or a template such as '{{.Names}}' or
-    /// 'table {{.ID}}\t{{.Status}}'
-    #[arg(long, value_name = "FORMAT", default_value = "table")]
-    pub(crate) format: String,
+    /// Show the last VM that was created, in any state
+    #[arg(short, long, conflicts_with = "last")]
+    pub(crate) latest: bool,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
 }
 
 #[derive(Debug, Args)]
@@ -289,6 +284,9 @@ pub(crate) struct RmArgs {
     /// Kill running VMs first, without notifying their workloads
     #[arg(short, long)]
     pub(crate) force: bool,
+    /// Remove the anonymous volumes that were created for them as well
+    #[arg(short, long)]
+    pub(crate) volumes: bool,
     /// Names or IDs
     #[arg(required = true)]
     pub(crate) vms: Vec<String>,
@@ -308,13 +306,19 @@ pub(crate) struct StatsArgs {
     pub(crate) vm: String,
 }
 
+/// Options of every list.
 #[derive(Debug, Args)]
 pub(crate) struct ListArgs {
-    /// Print IDs only
+    /// Print IDs, or names, only
     #[arg(short, long)]
     pub(crate) quiet: bool,
-    #[command(flatten)]
-    pub(crate) format: FormatArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Output format: table, json, or a template such as '{{.Name}}' or
+    /// 'table {{.ID}}\t{{.Status}}'
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub(crate) format: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -322,7 +326,13 @@ pub(crate) enum KernelCommand {
     /// Build a tuned guest kernel; only in the source tree of sm
     Build,
     /// List kernels found on this host
-    List(ListArgs),
+    List {
+        /// Show only kernels that match: name
+        #[arg(short, long, value_name = "NAME=VALUE")]
+        filter: Vec<String>,
+        #[command(flatten)]
+        list: ListArgs,
+    },
     /// Choose the kernel that VMs boot
     Use {
         /// A path, or a name from the list

@@ -12,7 +12,7 @@ pub(crate) struct Filters(BTreeMap<String, Vec<String>>);
 
 /// The conditions for VMs.
 pub(crate) const OF_VMS: &[&str] = &[
-    "ancestor", "exited", "health", "id", "label", "name", "publish", "restart", "status",
+    "ancestor", "exited", "health", "id", "label", "name", "publish", "restart", "status", "volume",
 ];
 
 impl Filters {
@@ -39,6 +39,11 @@ impl Filters {
         self.0.is_empty()
     }
 
+    /// Returns the values of a condition.
+    pub(crate) fn values(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0.get(name).into_iter().flatten().map(String::as_str)
+    }
+
     pub(crate) fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
@@ -53,6 +58,23 @@ impl Filters {
     pub(crate) fn all_hold(&self, name: &str, holds: impl Fn(&str) -> bool) -> bool {
         let values = self.0.get(name);
         values.is_none_or(|values| values.iter().all(|value| holds(value)))
+    }
+
+    /// Returns true if there is no condition `name`, or `holds` is its value: true or false.
+    ///
+    /// # Errors
+    /// The value is neither.
+    pub(crate) fn is(&self, name: &str, holds: impl Fn() -> bool) -> anyhow::Result<bool> {
+        let wanted = match self.0.get(name).map(Vec::as_slice) {
+            None => return Ok(true),
+            Some([value]) => match value.as_str() {
+                "true" | "1" | "t" => true,
+                "false" | "0" | "f" => false,
+                other => anyhow::bail!("\"{other}\" is no value of {name}: write true or false"),
+            },
+            Some(_) => anyhow::bail!("the filter {name} is given more than once"),
+        };
+        Ok(holds() == wanted)
     }
 
     /// Returns true if the conditions for VMs apply to `vm`.
@@ -73,6 +95,10 @@ impl Filters {
                 None => value == "none",
             })
             && self.hold("ancestor", |value| is_of_image(vm, value))
+            && self.hold("volume", |value| {
+                let mut mounts = vm.storage.mounts.iter();
+                mounts.any(|mount| mount.target == value || mount.name.as_deref() == Some(value))
+            })
             && self.hold("restart", |value| config.restart.to_string() == value)
             && self.hold("publish", |value| {
                 let ports = vm.state.published.iter();

@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod failure;
 mod filter;
+mod listing;
 mod moment;
 mod printer;
 mod progress;

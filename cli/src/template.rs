@@ -64,6 +64,17 @@ impl Template {
         })
     }
 
+    /// Returns true if it names no other members than these.
+    pub(crate) fn uses_only(&self, members: &[&str]) -> bool {
+        self.parts.iter().all(|part| match part {
+            Part::Text(_) => true,
+            Part::Field { path, .. } => {
+                let first = path.0.first().map(String::as_str);
+                first.is_some_and(|first| members.contains(&first))
+            }
+        })
+    }
+
     /// Returns the lines for `rows`.
     pub(crate) fn render(&self, rows: &[Value]) -> anyhow::Result<Vec<String>> {
         let lines = rows.iter().map(|row| self.line(row));
@@ -263,6 +274,14 @@ mod tests {
             "{error}"
         );
         assert!(!error.contains(LABELS), "{error}");
+    }
+
+    #[test]
+    fn the_members_that_are_used_are_known() {
+        let uses_only = |text: &str| Template::parse(text).unwrap().uses_only(&["Name", "ID"]);
+        assert!(uses_only("x {{.Name}} {{json .ID}}"));
+        assert!(!uses_only("{{.Name}}{{.Size}}"));
+        assert!(!uses_only("{{.}}") && !uses_only("{{.Label \"a\"}}"));
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub struct MountRequest {
     pub target: String,
     /// The workload cannot write to it.
     pub read_only: bool,
+    /// It is left out if there is no directory at the target, and none can be created.
+    #[serde(default)]
+    pub optional: bool,
 }
 
 /// The file system of a [`MountRequest`].

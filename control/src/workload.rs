@@ -53,6 +53,9 @@ pub struct ImageDefaults {
     pub working_dir: String,
     /// `StopSignal`.
     pub stop_signal: Option<String>,
+    /// `Volumes`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<String>,
     /// `Healthcheck` (an extension of Docker).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<HealthCheck>,
@@ -257,6 +260,7 @@ mod tests {
             user: "app".into(),
             working_dir: "/srv".into(),
             stop_signal: Some("SIGQUIT".into()),
+            volumes: Vec::new(),
             health: None,
         }
     }

@@ -179,6 +179,7 @@ fn records_keep_the_settings_of_starts() {
         root_disk: None,
         upper_size: Some(1),
         mounts: Vec::new(),
+        volumes_in_root: Vec::new(),
         shm_size: Some(2),
         extra_hosts: vec![("10.0.0.1".into(), "a".into())],
         nameservers: vec!["10.0.0.2".into()],

@@ -95,8 +95,8 @@ pub use sm_guest_proto::exec::GuestProcess;
 pub use snapshots::Snapshot;
 pub use system::{DiskUsage, Resumed};
 pub use vm::{
-    AfterSnapshot, Force, Input, Inspection, Inspections, SignalSender, StateView, Vm, VmStatus,
-    VmUpdate, Vms,
+    AfterSnapshot, Force, Input, Inspection, Inspections, MountKindView, MountView, SignalSender,
+    StateView, StorageView, Vm, VmStatus, VmUpdate, Vms,
 };
 #[doc(inline)]
 pub use volumes::{Volume, VolumeError, VolumeOptions};

@@ -59,6 +59,7 @@ impl Image {
     /// As for [`Self::run`], as far as they concern the options, image and kernel.
     pub fn create(&self, options: RunOptions) -> Result<Vm, Error> {
         let kernel = check(self.sm(), self, &options)?;
+        let options = options.with_all_mounts(self.sm(), &self.defaults().volumes)?;
         let config = |id, name| config(self, &options, &kernel, id, name);
         create_idle(self.sm(), &options, settings_source(&options), config)
     }
@@ -84,6 +85,7 @@ pub(crate) fn create_idle(
 /// Starts a VM from an image and returns once its workload runs.
 pub(crate) fn start(sm: &Sm, image: &Image, options: RunOptions) -> Result<Vm, Error> {
     let kernel = check(sm, image, &options)?;
+    let options = options.with_all_mounts(sm, &image.defaults().volumes)?;
     let launched = launch(
         sm,
         &options,
@@ -224,6 +226,7 @@ fn launch_program(
         Err(error) => {
             // Without a process, no one else removes the record.
             let _ = record.erase();
+            let _ = sm.volumes().remove_anonymous_of(&record);
             Err(error)
         }
     }
@@ -437,11 +440,29 @@ fn log_tail(record: &Record) -> String {
 impl Launched {
     /// Processes events of the VMM until the workload runs.
     pub(crate) fn until_started(mut self, attach: bool) -> Result<Vm, Error> {
-        self.wait_until_started()?;
+        if let Err(error) = self.wait_until_started() {
+            self.remove_volumes();
+            return Err(error);
+        }
         let session = attach.then_some(self.session);
         let mut vm = Vm::started(self.sm, self.record, self.child, session, self.phases);
         vm.warnings = self.warnings;
         Ok(vm)
+    }
+
+    /// Removes the volumes that were created for a VM whose start failed, unless its record
+    /// stays. No error replaces that of the start.
+    fn remove_volumes(self) {
+        if self.existing || !self.record.volumes().any(|(_, anonymous)| anonymous) {
+            return;
+        }
+        drop(self.session);
+        // It has ended the run, and holds the volumes until it exits.
+        let mut child = self.child;
+        child.wait_until(Instant::now() + HELLO_TIMEOUT);
+        if !self.record.directory().exists() {
+            let _ = self.sm.volumes().remove_anonymous_of(&self.record);
+        }
     }
 
     fn wait_until_started(&mut self) -> Result<(), Error> {

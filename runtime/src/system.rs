@@ -84,8 +84,15 @@ impl Sm {
         let records = Records::open(self.home())?;
         records.sweep()?;
         for record in records.list()? {
-            if !matches!(record.state(), Ok(VmState::Exited(_) | VmState::Created)) {
-                continue;
+            match record.state() {
+                Ok(VmState::Exited(_) | VmState::Created) => {}
+                Ok(VmState::Running | VmState::Restarting(_)) => continue,
+                Err(error) => {
+                    let vm = &record.config().name;
+                    let error = sm_control::with_causes(&error);
+                    tracing::warn!(vm, error, "a VM is not removed");
+                    continue;
+                }
             }
             let bytes = space_of(record.directory());
             let mut vm = Vm::from_record(self, record);

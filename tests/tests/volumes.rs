@@ -150,6 +150,73 @@ fn a_clone_has_a_copy_of_its_originals_volume() {
 }
 
 #[test]
+fn volumes_of_an_image_are_anonymous_disks() {
+    let home = Home::shared();
+    let plain = idle(home, &[]);
+    let image = format!("volumes-{}:1", unique("image").to_lowercase());
+    let targets = (0..9)
+        .map(|number| format!("\"/v{number}\""))
+        .collect::<Vec<_>>();
+    let change = format!("VOLUME [{}, \"/sys/fs/cgroup\"]", targets.join(", "));
+    home.sm(&["commit", "-c", &change, &plain.name, &image])
+        .exits(0);
+    drop(plain);
+    let name = unique("volumes");
+    let line = [
+        "run", "-d", "--name", &name, "-m", "128m", &image, "sleep", "10000",
+    ];
+    home.sm(&line).exits(0);
+    let exec = |script: &str| home.sm(&["exec", &name, "sh", "-c", script]).exits(0).out();
+    assert_eq!(
+        exec("grep -c '^/dev/vd[c-i] /v' /proc/mounts; echo kept > /v3/file"),
+        "7\n"
+    );
+    let shown = home
+        .sm(&["inspect", "-f", "{{json .volumes_in_root}}", &name])
+        .exits(0);
+    assert_eq!(
+        shown.out(),
+        "[\"/v7\",\"/v8\"]\n",
+        "and none that hides the guest's own"
+    );
+    let shown = home
+        .sm(&["inspect", "-f", "{{json .mounts}}", &name])
+        .exits(0)
+        .out();
+    home.sm(&["stop", "-t", "0", &name]).exits(0);
+    home.sm(&["start", &name]).exits(0);
+    assert_eq!(exec("cat /v3/file"), "kept\n");
+    let listed = || home.sm(&["volume", "ls", "-q"]).exits(0).out();
+    let ours: Vec<_> = listed()
+        .lines()
+        .filter(|volume| shown.contains(volume))
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(ours.len(), 7);
+    home.sm(&["rm", "-f", "-v", &name]).exits(0);
+    assert!(
+        !listed()
+            .lines()
+            .any(|volume| ours.iter().any(|our| our == volume))
+    );
+    // Directories that cannot be created are left out, as they are not in the image.
+    home.sm(&["run", "--rm", "--read-only", "-m", "128m", &image, "true"])
+        .exits(0);
+    home.sm(&["rmi", &image]).exits(0);
+}
+
+#[test]
+fn volumes_of_another_vm_are_mounted() {
+    let home = Home::shared();
+    let volume = volume(home);
+    let data = format!("{}:/data:ro", volume.1);
+    let first = idle(home, &["-v", &data, "--tmpfs", "/own"]);
+    let script = "grep -c ' /data ext4 ro' /proc/mounts; grep -c ' /own ' /proc/mounts";
+    let out = run(home, &["--volumes-from", &first.name], script).out();
+    assert_eq!(out, "1\n0\n");
+}
+
+#[test]
 fn bad_mounts_are_refused() {
     let home = Home::shared();
     for (options, why) in [

@@ -20,12 +20,16 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use sm_control::id::random;
+use sm_vmm_core::layout::SLOTS_VOLUMES;
 use sm_vmm_core::virtio::layered::{DiskLayer, LayerError, LayerId, LayeredDisk};
 use thiserror::Error;
 
 use self::chain::{LayerFile, remove_file};
 
 pub use self::template::Templates;
+
+/// Number of volumes that a VM can mount as disks.
+pub const MAX_VOLUME_DISKS: u32 = *SLOTS_VOLUMES.end() - *SLOTS_VOLUMES.start() + 1;
 
 /// Failure to use the layers of a disk.
 #[derive(Debug, Error)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use sm_runtime::image::Platform;
 
-use super::{FormatArgs, IMAGE_HELP, PLATFORM, PLATFORM_HELP};
+use super::{FormatArgs, IMAGE_HELP, ListArgs, PLATFORM, PLATFORM_HELP};
 use crate::units::parse_size;
 
 #[derive(Debug, Subcommand)]
@@ -40,17 +40,19 @@ pub(crate) enum ImageCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct ImagesArgs {
-    /// Print IDs only
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
     /// Show manifest digests of the names
     #[arg(long)]
     pub(crate) digests: bool,
     /// Show whole IDs
     #[arg(long)]
     pub(crate) no_trunc: bool,
+    /// Show only images that match: before, dangling, id, label, reference or since
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) filter: Vec<String>,
     #[command(flatten)]
-    pub(crate) format: FormatArgs,
+    pub(crate) list: ListArgs,
+    /// Show only images with this name, with or without a tag
+    pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Args)]

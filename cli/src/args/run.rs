@@ -127,9 +127,9 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "PATH", value_parser = Publication::hybrid)]
     pub(crate) hybrid_vsock: Option<Publication>,
     /// Mount a directory or file of the host (a source with /), or a volume, which is created
-    /// if it does not exist; without a source, a disk that is removed with the VM. Options: ro;
-    /// nocopy (leave an empty volume empty); for a path of the host, owner=squash|keep|UID:GID
-    /// and chown=xattr|ignore|deny
+    /// if it does not exist; without a source, an anonymous volume, which --rm and "sm rm -v"
+    /// remove. Options: ro; nocopy (leave an empty volume empty); for a path of the host,
+    /// owner=squash|keep|UID:GID and chown=xattr|ignore|deny
     #[arg(short, long, value_name = "[SOURCE:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
     pub(crate) volume: Vec<Mount>,
     /// Mount a volume, a path of the host or guest memory: type=volume|bind|tmpfs,target=PATH,
@@ -137,6 +137,9 @@ pub(crate) struct CreateArgs {
     /// tmpfs-size=SIZE or tmpfs-mode=MODE
     #[arg(long, value_name = "OPTION=VALUE[,OPTION=VALUE]...", value_parser = Mount::from_mount_option)]
     pub(crate) mount: Vec<Mount>,
+    /// Mount the volumes and host directories of another VM, read-only with ro
+    #[arg(long, value_name = "VM[:ro]", value_parser = parse_volumes_from)]
+    pub(crate) volumes_from: Vec<(String, bool)>,
     /// Mount guest memory. Options: size=SIZE, mode=MODE, ro
     #[arg(long, value_name = "TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_tmpfs_option)]
     pub(crate) tmpfs: Vec<Mount>,
@@ -226,6 +229,16 @@ impl CreateArgs {
             }),
             (Some(Root::Disk), None) => Some(RootStorage::default()),
         }
+    }
+}
+
+/// Parses `VM`, `VM:ro` or `VM:rw`: the VM, and whether it is read-only.
+fn parse_volumes_from(text: &str) -> Result<(String, bool), String> {
+    match text.split_once(':') {
+        None => Ok((text.to_owned(), false)),
+        Some((vm, "rw" | "z" | "Z")) => Ok((vm.to_owned(), false)),
+        Some((vm, "ro")) => Ok((vm.to_owned(), true)),
+        Some((_, other)) => Err(format!("\"{other}\" is no mode: write ro or rw")),
     }
 }
 

@@ -38,7 +38,13 @@ pub(crate) enum SnapshotCommand {
         name: String,
     },
     /// List snapshots
-    Ls(ListArgs),
+    Ls {
+        /// Show only snapshots that match: holds (base, image or app), image or name
+        #[arg(short, long, value_name = "NAME=VALUE")]
+        filter: Vec<String>,
+        #[command(flatten)]
+        list: ListArgs,
+    },
     /// Show the manifest of a snapshot
     Inspect {
         /// Name of the snapshot

@@ -10,7 +10,7 @@ pub(crate) enum SystemCommand {
     Resume,
     /// Write a unit for the user's systemd that does so at boot
     InstallUnit(InstallUnitArgs),
-    /// Show the disk usage of images, VMs and snapshots
+    /// Show the disk usage of images, VMs, volumes and snapshots
     Df(FormatArgs),
     /// Remove VMs that do not run, and unneeded data of images
     Prune(SystemPruneArgs),
@@ -27,6 +27,9 @@ pub(crate) struct InstallUnitArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SystemPruneArgs {
+    /// Remove anonymous volumes that no VM needs, too
+    #[arg(long)]
+    pub(crate) volumes: bool,
     /// Do not ask
     #[arg(short, long)]
     pub(crate) force: bool,

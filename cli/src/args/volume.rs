@@ -1,6 +1,6 @@
 //! Arguments of `sm volume`.
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use super::ListArgs;
 use crate::units::parse_size;
@@ -19,13 +19,15 @@ pub(crate) enum VolumeCommand {
         name: Option<String>,
     },
     /// List volumes
-    Ls(ListArgs),
+    Ls(VolumeLsArgs),
     /// Show volumes, as JSON
     Inspect {
         /// Names
         #[arg(required = true)]
         names: Vec<String>,
     },
+    /// Remove anonymous volumes that no VM needs
+    Prune(VolumePruneArgs),
     /// Create a volume with the content of another one, which is shared until it changes
     Clone {
         /// Name of the volume
@@ -33,7 +35,7 @@ pub(crate) enum VolumeCommand {
         /// Name of the new volume
         name: String,
     },
-    /// Remove volumes with their content
+    /// Remove volumes with their content, unless a VM needs them
     Rm {
         /// Ignore volumes that do not exist
         #[arg(short, long)]
@@ -42,4 +44,26 @@ pub(crate) enum VolumeCommand {
         #[arg(required = true)]
         names: Vec<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumeLsArgs {
+    /// Show only volumes that match: dangling (no VM needs it), driver, label or name
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) filter: Vec<String>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumePruneArgs {
+    /// Remove volumes with a given name, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Remove only volumes that match: all (true for --all), label or label!
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
 }

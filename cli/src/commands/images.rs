@@ -2,25 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use sm_runtime::Sm;
 use sm_runtime::image::{Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions};
 
 use super::archive;
+use super::listed_images::{self, age, short};
 use crate::args::{
-    FormatArgs, HistoryArgs, ImageCommand, ImageNames, ImagesArgs, PruneArgs, Pull, PullArgs,
-    PushArgs, RmiArgs, TagArgs, VerifyArgs,
+    FormatArgs, HistoryArgs, ImageCommand, ImageNames, PruneArgs, Pull, PullArgs, PushArgs,
+    RmiArgs, TagArgs, VerifyArgs,
 };
 use crate::failure::{FAILED, Failure};
 use crate::printer::Printer;
 use crate::progress::Bars;
 use crate::table;
-use crate::units::{format_age, format_size, parse_size};
+use crate::units::{format_size, parse_size};
 
-/// Digits of an image's ID in a table.
-const SHORT_ID: usize = 12;
 /// Characters of a command in the history.
 const SHORT_COMMAND: usize = 45;
 /// Exit status for damaged data.
@@ -31,7 +30,7 @@ const QUOTA: &str = "SM_IMAGE_QUOTA";
 
 pub(crate) fn run(sm: &Sm, command: ImageCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
-        ImageCommand::Ls(args) => list(sm, &args, printer),
+        ImageCommand::Ls(args) => listed_images::list(sm, &args, printer),
         ImageCommand::Pull(args) => pull(sm, &args, printer),
         ImageCommand::Push(args) => push(sm, &args, printer),
         ImageCommand::Tag(args) => tag(sm, &args),
@@ -142,54 +141,6 @@ pub(crate) fn push(sm: &Sm, args: &PushArgs, printer: &Printer) -> Result<u32, F
     let pushed = sm.images().push(&args.name, &options);
     bars.clear();
     printer.line(pushed?);
-    Ok(0)
-}
-
-fn short(id: &str, whole: bool) -> String {
-    match whole {
-        true => format!("sha256:{id}"),
-        false => id.get(..SHORT_ID).unwrap_or(id).to_owned(),
-    }
-}
-
-fn age(time: SystemTime) -> String {
-    let age = SystemTime::now().duration_since(time).unwrap_or_default();
-    format!("{} ago", format_age(age))
-}
-
-pub(crate) fn list(sm: &Sm, args: &ImagesArgs, printer: &Printer) -> Result<u32, Failure> {
-    let images = sm.images().list()?;
-    if args.quiet {
-        for image in &images {
-            printer.line(image.digest);
-        }
-    } else if args.format.json() {
-        printer.json(&images)?;
-    } else {
-        let cells = images.iter().map(|image| {
-            let stored = UNIX_EPOCH + Duration::from_nanos(image.stored_ns);
-            let id = short(&image.digest.hex(), args.no_trunc);
-            (image, id, age(stored), format_size(image.size))
-        });
-        let table = match args.digests {
-            true => {
-                let rows: Vec<_> = cells
-                    .map(|(image, id, age, size)| {
-                        let named = image.named.to_string();
-                        [image.reference.clone(), named, id, age, size]
-                    })
-                    .collect();
-                table::render(["IMAGE", "DIGEST", "ID", "STORED", "SIZE"], &rows)
-            }
-            false => {
-                let rows: Vec<_> = cells
-                    .map(|(image, id, age, size)| [image.reference.clone(), id, age, size])
-                    .collect();
-                table::render(["IMAGE", "ID", "STORED", "SIZE"], &rows)
-            }
-        };
-        printer.line(table);
-    }
     Ok(0)
 }
 

@@ -6,17 +6,20 @@ use std::process::Command;
 
 use anyhow::{Context as _, anyhow};
 use rustix::process::{getegid, geteuid};
+use serde_json::json;
+use sm_runtime::kernel::ListedKernel;
 use sm_runtime::{AgentError, KernelError, Sm};
 
 use crate::args::{DoctorArgs, KernelCommand, ListArgs};
 use crate::failure::{FAILED, Failure, hint_of_agent, hint_of_kernel};
+use crate::filter::Filters;
+use crate::listing::Listing;
 use crate::printer::Printer;
-use crate::table;
 
 pub(crate) fn run(sm: &Sm, command: KernelCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
         KernelCommand::Build => build(),
-        KernelCommand::List(args) => list(sm, &args, printer),
+        KernelCommand::List { filter, list: args } => list(sm, &filter, &args, printer),
         KernelCommand::Use { kernel } => {
             let chosen = sm.kernels().choose(&kernel)?;
             printer.line(chosen.path.display());
@@ -82,28 +85,21 @@ fn refuse_of_others(checkout: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn list(sm: &Sm, args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
-    let kernels = sm.kernels().list();
-    if args.quiet {
-        for kernel in &kernels {
-            printer.line(&kernel.name);
-        }
-    } else if args.format.json() {
-        printer.json(&kernels)?;
-    } else {
-        let rows: Vec<_> = kernels
-            .iter()
-            .map(|kernel| {
-                let mark = if kernel.current { "*" } else { "" };
-                [
-                    mark.to_owned(),
-                    kernel.name.clone(),
-                    kernel.path.display().to_string(),
-                ]
-            })
-            .collect();
-        printer.line(table::render([" ", "NAME", "PATH"], &rows));
-    }
+fn list(sm: &Sm, filter: &[String], args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
+    let filters = Filters::parse(filter, &["name"])?;
+    let mut kernels = sm.kernels().list();
+    kernels.retain(|kernel| filters.hold("name", |value| kernel.name.contains(value)));
+    let listing = Listing {
+        header: &[" ", "NAME", "PATH"],
+        name: &|kernel: &ListedKernel| kernel.name.clone(),
+        cells: &|kernel| {
+            let mark = if kernel.current { "*" } else { "" };
+            let path = kernel.path.display().to_string();
+            vec![mark.to_owned(), kernel.name.clone(), path]
+        },
+        members: &|kernel| json!({"Name": kernel.name, "Path": kernel.path, "Current": kernel.current}),
+    };
+    listing.print(&kernels, &args.form()?, printer)?;
     Ok(0)
 }
 

@@ -110,6 +110,7 @@ pub(crate) fn rm(sm: &Sm, args: &RmArgs, printer: &Printer) -> Result<u32, Failu
     let force = if args.force { Force::Yes } else { Force::No };
     each_named(&args.vms, printer, |query| {
         match sm.vm(query) {
+            Ok(mut vm) if args.volumes => vm.remove_with_volumes(force)?,
             Ok(mut vm) => vm.remove(force)?,
             Err(Error::Record(RecordError::Damaged { .. })) => sm.vms().remove_damaged(query)?,
             Err(error) => return Err(error.into()),

@@ -5,7 +5,7 @@ use std::num::NonZeroU16;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use sm_runtime::id::VmId;
 use sm_runtime::publish::{HostEnd, PublishedPort};
 use sm_runtime::{Damaged, HealthStatus, Inspection, Inspections, Sm, StateView, VmStatus};
@@ -14,6 +14,7 @@ use super::shown_vm;
 use crate::args::{InspectArgs, PortArgs, PsArgs, StatsArgs};
 use crate::failure::{FAILED, Failure};
 use crate::filter::{Filters, OF_VMS};
+use crate::listing::{Form, Listing};
 use crate::printer::Printer;
 use crate::table;
 use crate::template::Template;
@@ -42,71 +43,57 @@ struct Row<'a> {
 
 pub(crate) fn ps(sm: &Sm, args: &PsArgs, printer: &Printer) -> Result<u32, Failure> {
     let filters = Filters::parse(&args.filter, OF_VMS)?;
-    let template = match args.format.as_str() {
-        "table" | "json" => None,
-        text => Some(Template::parse(text)?),
-    };
+    let form = args.list.form()?;
     let Inspections {
         mut vms,
         mut damaged,
         ..
     } = sm.vms().inspect(PS_TIMEOUT)?;
     // As for Docker, these conditions make -a unnecessary.
-    let all = args.all || args.last.is_some() || filters.has("status") || filters.has("exited");
+    let last = args.last.or(args.latest.then_some(1));
+    let all = args.all || last.is_some() || filters.has("status") || filters.has("exited");
     vms.retain(|vm| (all || is_up(vm.state.status)) && filters.match_vm(vm));
-    if let Some(last) = args.last {
+    if let Some(last) = last {
         vms.truncate(last);
-    }
-    if !filters.is_empty() {
-        damaged.clear();
     }
     let short = |id: &VmId| match args.no_trunc {
         true => id.as_str().to_owned(),
         false => id.short().to_owned(),
     };
-    if args.quiet {
-        let ids = vms.iter().map(|vm| &vm.config.id);
-        for id in ids.chain(damaged.iter().map(|damaged| &damaged.id)) {
-            printer.line(short(id));
-        }
-    } else if args.json || args.format == "json" {
-        print_json(&vms, &damaged, printer)?;
-    } else if let Some(template) = template {
-        let now = SystemTime::now();
-        let rows: Vec<_> = vms
-            .iter()
-            .map(|vm| shown_vm::row(vm, row(vm, now, args.no_trunc)))
-            .collect();
-        for line in template.render(&rows)? {
-            printer.line(line);
-        }
-    } else {
-        let now = SystemTime::now();
-        let rows = vms.iter().map(|vm| row(vm, now, args.no_trunc));
-        let damaged = damaged.iter().map(|damaged| {
-            let status = match damaged.later {
-                true => format!("Unsupported: {}", damaged.reason),
-                false => format!("Damaged: {}", damaged.reason),
-            };
-            let [image, command, created, ports, name] = ["-"; 5].map(str::to_owned);
-            [
-                short(&damaged.id),
-                image,
-                command,
-                created,
-                status,
-                ports,
-                name,
-            ]
-        });
-        let rows: Vec<_> = rows.chain(damaged).collect();
-        printer.line(table::render(
-            [
-                "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME",
-            ],
-            &rows,
-        ));
+    if !filters.is_empty() || matches!(form, Form::Lines(_)) {
+        damaged.clear();
     }
+    let states: Vec<_> = damaged.iter().map(StateView::damaged).collect();
+    let vms = vms.iter().map(ListedVm::Readable);
+    let damaged = damaged.iter().zip(&states);
+    let rows: Vec<_> = vms
+        .chain(damaged.map(|(damaged, state)| ListedVm::Damaged(damaged, state)))
+        .collect();
+    let now = SystemTime::now();
+    let listing = Listing {
+        header: &[
+            "VM ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME",
+        ],
+        name: &|vm: &ListedVm<'_>| short(vm.id()),
+        cells: &|vm| match vm {
+            ListedVm::Readable(vm) => row(vm, now, args.no_trunc).into(),
+            ListedVm::Damaged(damaged, _) => {
+                let status = match damaged.later {
+                    true => format!("Unsupported: {}", damaged.reason),
+                    false => format!("Damaged: {}", damaged.reason),
+                };
+                let mut cells = vec!["-".to_owned(); 7];
+                cells.splice(0..1, [short(&damaged.id)]);
+                cells.splice(4..5, [status]);
+                cells
+            }
+        },
+        members: &|vm| match vm {
+            ListedVm::Readable(vm) => shown_vm::row(vm, row(vm, now, args.no_trunc)),
+            ListedVm::Damaged(..) => serde_json::Value::Null,
+        },
+    };
+    listing.print(&rows, &form, printer)?;
     Ok(0)
 }
 
@@ -115,36 +102,50 @@ fn is_up(status: VmStatus) -> bool {
     !matches!(status, VmStatus::Created | VmStatus::Exited)
 }
 
-fn print_json(vms: &[Inspection], damaged: &[Damaged], printer: &Printer) -> Result<(), Failure> {
-    let states: Vec<_> = damaged.iter().map(StateView::damaged).collect();
-    let none = BTreeMap::new();
-    let damaged = damaged.iter().zip(&states).map(|(damaged, state)| Row {
-        id: damaged.id.as_str(),
-        name: "",
-        image: "",
-        command: &[],
-        created_ns: 0,
-        memory: 0,
-        cpus: 0,
-        labels: &none,
-        state,
-    });
-    let rows: Vec<Row<'_>> = vms
-        .iter()
-        .map(|vm| Row {
-            id: vm.config.id.as_str(),
-            name: &vm.config.name,
-            image: &vm.config.image,
-            command: &vm.config.workload.argv,
-            created_ns: since_epoch_ns(vm.config.created),
-            memory: vm.config.memory_bytes,
-            cpus: vm.config.cpus,
-            labels: &vm.config.labels,
-            state: &vm.state,
-        })
-        .chain(damaged)
-        .collect();
-    printer.json(&rows)
+/// A VM in a list.
+enum ListedVm<'a> {
+    Readable(&'a Inspection),
+    Damaged(&'a Damaged, &'a StateView),
+}
+
+impl ListedVm<'_> {
+    fn id(&self) -> &VmId {
+        match self {
+            Self::Readable(vm) => &vm.config.id,
+            Self::Damaged(damaged, _) => &damaged.id,
+        }
+    }
+}
+
+impl Serialize for ListedVm<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let none = BTreeMap::new();
+        let row = match self {
+            Self::Readable(vm) => Row {
+                id: vm.config.id.as_str(),
+                name: &vm.config.name,
+                image: &vm.config.image,
+                command: &vm.config.workload.argv,
+                created_ns: since_epoch_ns(vm.config.created),
+                memory: vm.config.memory_bytes,
+                cpus: vm.config.cpus,
+                labels: &vm.config.labels,
+                state: &vm.state,
+            },
+            Self::Damaged(damaged, state) => Row {
+                id: damaged.id.as_str(),
+                name: "",
+                image: "",
+                command: &[],
+                created_ns: 0,
+                memory: 0,
+                cpus: 0,
+                labels: &none,
+                state,
+            },
+        };
+        row.serialize(serializer)
+    }
 }
 
 fn row(vm: &Inspection, now: SystemTime, no_trunc: bool) -> [String; 7] {

@@ -8,6 +8,7 @@ mod images;
 mod kernel;
 mod lifecycle;
 mod list;
+mod listed_images;
 mod logs;
 mod run;
 mod shown_vm;
@@ -56,7 +57,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Export(args) => files::export(&sm()?, &args),
         Command::Commit(args) => files::commit(&sm()?, &args, printer),
         Command::Image(command) => images::run(&sm()?, command, printer),
-        Command::Images(args) => images::list(&sm()?, &args, printer),
+        Command::Images(args) => listed_images::list(&sm()?, &args, printer),
         Command::Pull(args) => images::pull(&sm()?, &args, printer),
         Command::Rmi(args) => images::remove(&sm()?, &args, printer),
         Command::Push(args) => images::push(&sm()?, &args, printer),

@@ -325,6 +325,9 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     for mount in args.volume.iter().chain(&args.mount).chain(&args.tmpfs) {
         options = options.mount(mount.clone());
     }
+    for (vm, read_only) in &args.volumes_from {
+        options = options.volumes_from(vm.as_str(), *read_only);
+    }
     for host in &args.add_host {
         let Some((name, address)) = host.split_once(':') else {
             bail!("\"{host}\" is not a host: write NAME:ADDRESS");

@@ -1,9 +1,10 @@
 //! VMs with the names that Docker's templates and JSON have for containers.
 
 use serde_json::{Map, Value, json};
-use sm_runtime::{ExitRecord, Inspection, VmStatus};
+use sm_runtime::{ExitRecord, Inspection, MountKindView, MountView, VmStatus};
 
 use crate::failure::Failure;
+use crate::listing::joined;
 use crate::moment::timestamp;
 
 /// The time that Docker shows for one that never came.
@@ -13,16 +14,16 @@ const NEVER: &str = "0001-01-01T00:00:00Z";
 pub(super) fn row(vm: &Inspection, cells: [String; 7]) -> Value {
     let [id, image, command, running_for, status, ports, name] = cells;
     let config = &vm.config;
-    let labels = config.labels.iter();
-    let labels: Vec<String> = labels
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
+    let mounts = vm.storage.mounts.iter().map(mount_name);
+    let mounts: Vec<String> = mounts.collect();
     json!({
         "ID": id, "Image": image, "Command": command, "RunningFor": running_for,
         "Status": status, "Ports": ports, "Names": name,
         "State": vm.state.status.as_str(),
         "CreatedAt": time(config.created),
-        "Labels": labels.join(","),
+        "Labels": joined(&config.labels),
+        "Mounts": mounts.join(","),
+        "LocalVolumes": vm.storage.mounts.iter().filter(|m| m.kind == MountKindView::Volume).count(),
         "LabelMap": config.labels,
         "Memory": config.memory_bytes, "CPUs": config.cpus,
         "RestartPolicy": config.restart,
@@ -43,6 +44,7 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
         "Image": config.image_digest,
         "RestartCount": vm.state.restarts,
         "State": state(vm),
+        "Mounts": vm.storage.mounts.iter().map(mount).collect::<Vec<_>>(),
         "Config": {
             "Image": config.image, "Cmd": workload.argv, "Env": workload.env,
             "User": workload.user, "WorkingDir": workload.cwd, "Tty": workload.tty,
@@ -114,6 +116,28 @@ fn state(vm: &Inspection) -> Value {
         );
     }
     Value::Object(shown)
+}
+
+/// Returns the name of a volume, or the path of the host.
+fn mount_name(mount: &MountView) -> String {
+    match (&mount.name, &mount.source) {
+        (Some(name), _) => name.clone(),
+        (None, Some(source)) => source.display().to_string(),
+        (None, None) => mount.kind.as_str().to_owned(),
+    }
+}
+
+fn mount(mount: &MountView) -> Value {
+    let source = mount.source.as_ref();
+    let source = source.map(|path| path.display().to_string());
+    json!({
+        "Type": mount.kind.as_str(),
+        "Name": mount.name.as_deref().unwrap_or_default(),
+        "Source": source.unwrap_or_default(),
+        "Destination": mount.target,
+        "Mode": if mount.read_only { "ro" } else { "" },
+        "RW": !mount.read_only,
+    })
 }
 
 /// Returns Docker's word for a status; it has none for some of ours.

@@ -8,10 +8,11 @@ use serde_json::json;
 use sm_runtime::snapshots::{Layer, ListedSnapshot};
 use sm_runtime::{AfterSnapshot, RunOptions, Sm, SnapshotReport};
 
-use crate::args::{ForkArgs, SnapshotCommand};
+use crate::args::{ForkArgs, ListArgs, SnapshotCommand};
 use crate::failure::{FAILED, Failure};
+use crate::filter::Filters;
+use crate::listing::Listing;
 use crate::printer::Printer;
-use crate::table;
 use crate::units::{format_age, format_size};
 
 /// Size of a page of guest memory in bytes.
@@ -19,23 +20,7 @@ const PAGE: u64 = 4096;
 
 pub(crate) fn run(sm: &Sm, command: SnapshotCommand, printer: &Printer) -> Result<u32, Failure> {
     match command {
-        SnapshotCommand::Ls(args) => {
-            let listed = sm.snapshots().list().context("cannot list snapshots")?;
-            if args.quiet {
-                for snapshot in &listed {
-                    printer.line(&snapshot.name);
-                }
-            } else if args.format.json() {
-                printer.json(&listed)?;
-            } else {
-                let rows: Vec<_> = listed.iter().map(row).collect();
-                let head = [
-                    "NAME", "HOLDS", "IMAGE", "MEMORY", "CPUS", "MADE", "ON DISK",
-                ];
-                printer.line(table::render(head, &rows));
-            }
-            Ok(0)
-        }
+        SnapshotCommand::Ls { filter, list: args } => list(sm, &filter, &args, printer),
         SnapshotCommand::Create {
             stop,
             json,
@@ -199,6 +184,39 @@ fn each(
         }
     }
     Ok(status)
+}
+
+fn list(sm: &Sm, filter: &[String], args: &ListArgs, printer: &Printer) -> Result<u32, Failure> {
+    let filters = Filters::parse(filter, &["holds", "image", "name"])?;
+    let mut listed = sm.snapshots().list().context("cannot list snapshots")?;
+    listed.retain(|snapshot| {
+        let layer = match snapshot.layer {
+            Some(Layer::Base) => "base",
+            Some(Layer::Image) => "image",
+            Some(Layer::App) => "app",
+            None => "damaged",
+        };
+        filters.hold("name", |value| snapshot.name.contains(value))
+            && filters.hold("holds", |value| layer == value)
+            && filters.hold("image", |value| snapshot.image.as_deref() == Some(value))
+    });
+    let listing = Listing {
+        header: &[
+            "NAME", "HOLDS", "IMAGE", "MEMORY", "CPUS", "MADE", "ON DISK",
+        ],
+        name: &|snapshot: &ListedSnapshot| snapshot.name.clone(),
+        cells: &|snapshot| row(snapshot).into(),
+        members: &|snapshot| {
+            let [name, holds, image, memory, cpus, since, size] = row(snapshot);
+            json!({
+                "Name": name, "Holds": holds, "Image": image, "Memory": memory, "CPUs": cpus,
+                "CreatedSince": since, "Size": size,
+                "Parent": snapshot.parent, "Problem": snapshot.problem,
+            })
+        },
+    };
+    listing.print(&listed, &args.form()?, printer)?;
+    Ok(0)
 }
 
 fn row(snapshot: &ListedSnapshot) -> [String; 7] {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, anyhow};
 use serde_json::json;
 use sm_runtime::image::PruneOptions;
-use sm_runtime::{Sm, VmStatus};
+use sm_runtime::{Sm, VmStatus, Volume};
 
 use super::list::PS_TIMEOUT;
 use crate::args::{FormatArgs, InstallUnitArgs, SystemCommand, SystemPruneArgs};
@@ -123,6 +123,7 @@ fn usage(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure
     let images = sm.images().usage()?;
     let snapshots = sm.snapshots().list()?;
     let vms = sm.disk_usage()?;
+    let volumes = sm.volumes().disk_usage()?;
     let snapshot_bytes = snapshots.iter().map(|snapshot| snapshot.disk_bytes);
     let snapshot_bytes: u64 = snapshot_bytes.fold(0, u64::saturating_add);
     let unused = images.images.iter().filter(|image| !image.in_use);
@@ -136,6 +137,7 @@ fn usage(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure
                 "reclaimable_bytes": unused,
             },
             "vms": vms,
+            "volumes": volumes,
             "snapshots": {"total": snapshots.len(), "bytes": snapshot_bytes},
         }))?;
         return Ok(0);
@@ -156,6 +158,13 @@ fn usage(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure
             format_size(vms.reclaimable_bytes),
         ],
         [
+            "Volumes".to_owned(),
+            volumes.total.to_string(),
+            volumes.active.to_string(),
+            format_size(volumes.bytes),
+            format_size(volumes.reclaimable_bytes),
+        ],
+        [
             "Snapshots".to_owned(),
             snapshots.len().to_string(),
             String::new(),
@@ -170,7 +179,13 @@ fn usage(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure
 
 fn prune(sm: &Sm, args: &SystemPruneArgs, printer: &Printer) -> Result<u32, Failure> {
     if !args.force {
-        let question = "Remove all VMs that do not run, and data of images that no image needs?";
+        let question = match args.volumes {
+            true => {
+                "Remove all VMs that do not run, anonymous volumes that no VM needs, and data of \
+                 images that no image needs?"
+            }
+            false => "Remove all VMs that do not run, and data of images that no image needs?",
+        };
         match printer.confirm(question) {
             Some(true) => {}
             Some(false) => return Ok(FAILED),
@@ -182,6 +197,13 @@ fn prune(sm: &Sm, args: &SystemPruneArgs, printer: &Printer) -> Result<u32, Fail
     let (names, mut freed) = sm.prune_vms()?;
     for name in &names {
         printer.line(name);
+    }
+    if args.volumes {
+        let pruned = sm.volumes().prune(Volume::is_anonymous)?;
+        for name in &pruned.names {
+            printer.line(name);
+        }
+        freed = freed.saturating_add(pruned.bytes);
     }
     let pruned = sm.images().prune(PruneOptions::new())?;
     freed = freed.saturating_add(pruned.bytes);
@@ -203,6 +225,7 @@ fn info(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure>
         "restarting": count(VmStatus::Restarting),
         "exited": count(VmStatus::Exited),
         "created": count(VmStatus::Created),
+        "volumes": sm.volumes().names()?.len(),
         "images": sm.images().list()?.len(),
         "snapshots": sm.snapshots().list()?.len(),
         "data": home.data(), "run": home.run(), "cache": home.cache(),

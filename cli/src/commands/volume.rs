@@ -1,14 +1,19 @@
 //! `sm volume`.
 
+use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sm_runtime::volumes::Volumes;
 use sm_runtime::{Error, ErrorKind, Sm, Volume, VolumeOptions};
 
-use crate::args::VolumeCommand;
+use crate::args::{VolumeCommand, VolumeLsArgs, VolumePruneArgs};
 use crate::failure::{FAILED, Failure};
+use crate::filter::{Filters, has_label};
+use crate::listing::{Listing, joined};
 use crate::printer::Printer;
-use crate::table;
 use crate::units::{format_age, format_size};
 
 pub(crate) fn run(sm: &Sm, command: VolumeCommand, printer: &Printer) -> Result<u32, Failure> {
@@ -27,25 +32,8 @@ pub(crate) fn run(sm: &Sm, command: VolumeCommand, printer: &Printer) -> Result<
             printer.line(volume.name());
             Ok(0)
         }
-        VolumeCommand::Ls(args) => {
-            let (listed, errors) = volumes.list().context("cannot list volumes")?;
-            if args.quiet {
-                for volume in &listed {
-                    printer.line(volume.name());
-                }
-            } else if args.format.json() {
-                printer.json(&listed)?;
-            } else {
-                let now = SystemTime::now();
-                let rows: Vec<_> = listed.iter().map(|volume| row(volume, now)).collect();
-                printer.line(table::render(["NAME", "SIZE", "ON DISK", "CREATED"], &rows));
-            }
-            let failed = !errors.is_empty();
-            for error in errors {
-                printer.error(&Error::from(error).into());
-            }
-            Ok(if failed { FAILED } else { 0 })
-        }
+        VolumeCommand::Ls(args) => list(&volumes, &args, printer),
+        VolumeCommand::Prune(args) => prune(&volumes, &args, printer),
         VolumeCommand::Inspect { names } => {
             let mut found = Vec::new();
             let status = each(&names, printer, |name| {
@@ -86,12 +74,116 @@ fn each(
     status
 }
 
-fn row(volume: &Volume, now: SystemTime) -> [String; 4] {
+/// The conditions for volumes.
+const OF_VOLUMES: &[&str] = &["dangling", "driver", "label", "name"];
+/// Members for which no volume is opened.
+const OF_NAMES: &[&str] = &["Name", "Driver", "Scope"];
+
+/// A volume of which only the name is known.
+#[derive(Serialize)]
+struct Named(String);
+
+fn list(volumes: &Volumes, args: &VolumeLsArgs, printer: &Printer) -> Result<u32, Failure> {
+    let filters = Filters::parse(&args.filter, OF_VOLUMES)?;
+    let form = args.list.form()?;
+    let used = match filters.has("dangling") {
+        true => volumes.users().context("cannot list VMs")?,
+        false => BTreeMap::new(),
+    };
+    let mut names = Vec::new();
+    for name in volumes.names().context("cannot list volumes")? {
+        let matches = filters.hold("name", |value| name.contains(value))
+            && filters.hold("driver", |value| value == DRIVER)
+            && filters.is("dangling", || !used.contains_key(&name))?;
+        if matches {
+            names.push(name);
+        }
+    }
+    if form.needs_only(OF_NAMES) && !filters.has("label") {
+        let names: Vec<Named> = names.into_iter().map(Named).collect();
+        let listing = Listing {
+            header: &[],
+            name: &|volume: &Named| volume.0.clone(),
+            cells: &|_| Vec::new(),
+            members: &|volume| json!({"Name": volume.0, "Driver": DRIVER, "Scope": DRIVER}),
+        };
+        listing.print(&names, &form, printer)?;
+        return Ok(0);
+    }
+    let (mut rows, mut status) = (Vec::new(), 0);
+    for name in names {
+        match volumes.get(&name) {
+            Ok(volume) => rows.push(volume),
+            // It was removed meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                printer.error(&error.into());
+                status = FAILED;
+            }
+        }
+    }
+    rows.retain(|volume| filters.all_hold("label", |label| has_label(volume.labels(), label)));
+    let now = SystemTime::now();
+    let listing = Listing {
+        header: &["NAME", "SIZE", "ON DISK", "CREATED"],
+        name: &|volume: &Volume| volume.name().to_owned(),
+        cells: &|volume| {
+            vec![
+                volume.name().to_owned(),
+                format_size(volume.size_bytes()),
+                format_size(volume.disk_bytes()),
+                age(volume, now),
+            ]
+        },
+        members: &|volume| members(volume, now),
+    };
+    listing.print(&rows, &form, printer)?;
+    Ok(status)
+}
+
+/// Docker's name for volumes that are on this host.
+const DRIVER: &str = "local";
+
+fn members(volume: &Volume, now: SystemTime) -> Value {
+    json!({
+        "Name": volume.name(), "Driver": DRIVER, "Scope": DRIVER,
+        "Mountpoint": volume.path(),
+        "Labels": joined(volume.labels()), "LabelMap": volume.labels(),
+        "Size": format_size(volume.size_bytes()),
+        "OnDisk": format_size(volume.disk_bytes()),
+        "CreatedSince": age(volume, now),
+        "Anonymous": volume.is_anonymous(),
+    })
+}
+
+fn age(volume: &Volume, now: SystemTime) -> String {
     let age = now.duration_since(volume.created()).unwrap_or_default();
-    [
-        volume.name().to_owned(),
-        format_size(volume.size_bytes()),
-        format_size(volume.disk_bytes()),
-        format!("{} ago", format_age(age)),
-    ]
+    format!("{} ago", format_age(age))
+}
+
+fn prune(volumes: &Volumes, args: &VolumePruneArgs, printer: &Printer) -> Result<u32, Failure> {
+    let filters = Filters::parse(&args.filter, &["all", "label", "label!"])?;
+    let all = args.all || (filters.has("all") && filters.is("all", || true)?);
+    if !args.force {
+        let question = match all {
+            true => "Remove all volumes that no VM needs?",
+            false => "Remove all anonymous volumes that no VM needs?",
+        };
+        match printer.confirm(question) {
+            Some(true) => {}
+            Some(false) => return Ok(FAILED),
+            None => return Err(anyhow!("this is not a terminal to ask at: add --force").into()),
+        }
+    }
+    let pruned = volumes.prune(|volume| {
+        let labels = volume.labels();
+        (all || volume.is_anonymous())
+            && filters.all_hold("label", |label| has_label(labels, label))
+            && filters.all_hold("label!", |label| !has_label(labels, label))
+    })?;
+    for name in &pruned.names {
+        printer.line(name);
+    }
+    printer.line(format_args!("Freed {}", format_size(pruned.bytes)));
+    Ok(0)
 }

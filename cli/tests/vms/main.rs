@@ -6,6 +6,7 @@ mod common;
 mod fake;
 mod life;
 mod listing;
+mod lists;
 mod sessions;
 mod small;
 mod statuses;

@@ -39,6 +39,10 @@ pub struct StartSettingsV1 {
     /// Mounts in the workload's file system.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<MountV1>,
+    /// Directories that the image declares as volumes and that are in the root instead:
+    /// there are more than a VM has disks, or the guest's own file systems are there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes_in_root: Vec<String>,
     /// Milliseconds that guest and agent have until the workload runs.
     pub start_timeout_ms: u64,
 }
@@ -53,6 +57,17 @@ pub struct MountV1 {
     /// The workload cannot write to it.
     #[serde(default)]
     pub read_only: bool,
+    /// It is left out if the image has no directory at the target, and none can be created.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub optional: bool,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature that serde expects"
+)]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// The file system of a [`MountV1`].
@@ -65,6 +80,9 @@ pub enum MountSourceV1 {
         name: Option<String>,
         /// The image's files at the target are copied to an empty volume.
         copy: bool,
+        /// It was created for this VM, under a generated name.
+        #[serde(default, skip_serializing_if = "is_false")]
+        anonymous: bool,
     },
     /// A directory or a regular file of the host.
     Host {

@@ -41,14 +41,14 @@ const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC);
 /// As processes of the workload resolve paths, which are in its root.
 const INSIDE: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
 
-/// Mounts file systems, in this order. `directory` is the agent's own.
+/// Mounts file systems, in this order. `own` is the agent's directory.
 ///
 /// # Errors
 /// A sentence about the first that cannot be mounted.
 pub(crate) fn perform(
     mounts: &[GuestMount],
     namespaces: &Namespaces,
-    directory: &Path,
+    own: &Path,
 ) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("cannot {what}: {error}");
     sys::unshare(sys::NEW_MOUNTS)
@@ -59,8 +59,8 @@ pub(crate) fn perform(
         .map_err(|error| failed("make a mount namespace", error))?;
     let mut trees = Vec::with_capacity(mounts.len());
     for (number, mount) in mounts.iter().enumerate() {
-        let at = directory.join("mounts").join(number.to_string());
-        let tree = prepare(mount, &at, &directory.join("shares"));
+        let at = own.join("mounts").join(number.to_string());
+        let tree = prepare(mount, &at, &own.join("shares"));
         trees.push(tree.map_err(|error| failed(&format!("mount {:?}", mount.target), error))?);
     }
     namespaces
@@ -69,6 +69,9 @@ pub(crate) fn perform(
     let root = open("/", OFlags::PATH | DIRECTORY, Mode::empty())
         .map_err(|error| failed("open the root", error.into()))?;
     for (mount, tree) in mounts.iter().zip(trees) {
+        if mount.optional && directory(&root, Path::new(&mount.target)).is_err() {
+            continue;
+        }
         place(&root, mount, &tree)
             .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
     }

@@ -155,6 +155,9 @@ pub struct GuestMount {
     pub target: String,
     /// The workload cannot write to it.
     pub read_only: bool,
+    /// It is left out if there is no directory at the target, and none can be created.
+    #[serde(default)]
+    pub optional: bool,
 }
 
 /// The file system of a [`GuestMount`].

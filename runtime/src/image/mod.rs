@@ -197,6 +197,7 @@ fn defaults(config: &ImageConfig) -> ImageDefaults {
         user: config.user.clone().unwrap_or_default(),
         working_dir: config.working_dir.clone().unwrap_or_default(),
         stop_signal: config.stop_signal.clone(),
+        volumes: config.volumes.iter().flatten().cloned().collect(),
         health: config.healthcheck.as_ref().and_then(health_check),
     }
 }

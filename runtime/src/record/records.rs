@@ -113,6 +113,11 @@ impl Records {
         })
     }
 
+    /// Takes the lock of all records, under which they are created and removed.
+    pub(crate) fn lock(&self) -> Result<File, RecordError> {
+        registry_lock(&self.directory)
+    }
+
     /// Creates a record under a free name and returns its lock, which is held. `config`
     /// receives the identifier and the name.
     pub(crate) fn create(

@@ -11,7 +11,8 @@ use sm_control::timings::Phase;
 use sm_guest_proto::forward::MAX_WAIT_MS;
 
 use super::HealthOptions;
-use crate::volumes::Mount;
+use crate::sm::Sm;
+use crate::volumes::{Mount, MountPlan, VolumesOf, plan};
 use crate::workload::Overrides;
 use crate::{Error, OptionError};
 
@@ -70,6 +71,9 @@ pub struct RunOptions {
     pub(crate) root: Option<RootStorage>,
     pub(crate) shm_size: Option<u64>,
     pub(crate) mounts: Vec<Mount>,
+    pub(crate) volumes_of: Vec<VolumesOf>,
+    /// See [`MountPlan::in_root`].
+    volumes_in_root: Vec<String>,
     pub(crate) extra_hosts: Vec<(String, String)>,
     pub(crate) nameservers: Vec<String>,
     pub(crate) stop_timeout: Option<Duration>,
@@ -101,6 +105,8 @@ impl Default for RunOptions {
             root: None,
             shm_size: None,
             mounts: Vec::new(),
+            volumes_of: Vec::new(),
+            volumes_in_root: Vec::new(),
             extra_hosts: Vec::new(),
             nameservers: Vec::new(),
             stop_timeout: None,
@@ -243,6 +249,16 @@ impl RunOptions {
         self
     }
 
+    /// Mounts the volumes and directories of the host that another VM mounts, at the same
+    /// targets; with `read_only`, so that the workload cannot write to them. Mounts of
+    /// [`Self::mount`] take the place of those with the same target.
+    #[must_use]
+    pub fn volumes_from(mut self, vm: impl Into<String>, read_only: bool) -> Self {
+        let vm = vm.into();
+        self.volumes_of.push(VolumesOf { vm, read_only });
+        self
+    }
+
     /// Adds a line to `/etc/hosts`.
     #[must_use]
     pub fn host(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
@@ -332,6 +348,16 @@ impl RunOptions {
         self
     }
 
+    /// Returns the options with all mounts of a VM whose image declares these volumes.
+    pub(super) fn with_all_mounts(mut self, sm: &Sm, declared: &[String]) -> Result<Self, Error> {
+        let others = std::mem::take(&mut self.volumes_of);
+        let MountPlan { mounts, in_root } =
+            plan(sm, &self.mounts, &others, declared, self.auto_remove)?;
+        self.mounts = mounts;
+        self.volumes_in_root = in_root;
+        Ok(self)
+    }
+
     /// Applies the options that apply to clones of snapshots as well.
     pub(crate) fn apply_to(&self, config: &mut VmConfig) {
         config.auto_remove = self.auto_remove;
@@ -344,7 +370,7 @@ impl RunOptions {
     }
 
     /// Returns the settings of starts with these options.
-    pub(super) fn settings(&self, source: SettingsSourceV1) -> StartSettingsV1 {
+    pub(crate) fn settings(&self, source: SettingsSourceV1) -> StartSettingsV1 {
         let (root_disk, upper_size) = self.root_sizes();
         StartSettingsV1 {
             source,
@@ -356,6 +382,7 @@ impl RunOptions {
             extra_hosts: self.extra_hosts.clone(),
             nameservers: self.nameservers.clone(),
             mounts: self.mounts.iter().map(Mount::stored).collect(),
+            volumes_in_root: self.volumes_in_root.clone(),
             start_timeout_ms: super::millis(self.start_timeout),
         }
     }

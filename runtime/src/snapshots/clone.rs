@@ -148,7 +148,7 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     if options.read_only || options.root.is_some() {
         return fixed(FixedOption::Root);
     }
-    if !options.mounts.is_empty() {
+    if !(options.mounts.is_empty() && options.volumes_of.is_empty()) {
         return fixed(FixedOption::Mounts);
     }
     // The snapshot does not contain the current value.

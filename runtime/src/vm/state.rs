@@ -8,6 +8,7 @@ use sm_control::config::ConfigView;
 use sm_control::launch::HealthReport;
 use sm_control::publish::PublishedPort;
 
+use super::StorageView;
 use crate::record::{ExitRecord, VmConfig};
 
 /// The result of [`crate::Vm::inspect`].
@@ -19,6 +20,9 @@ pub struct Inspection {
     pub config: VmConfig,
     /// The current state.
     pub state: StateView,
+    /// Its mounts.
+    #[serde(flatten)]
+    pub storage: StorageView,
 }
 
 fn as_view<S: Serializer>(config: &VmConfig, serializer: S) -> Result<S::Ok, S::Error> {

@@ -13,7 +13,7 @@ use sm_control::timings::system_time;
 use sm_control::{MAX_ANSWER, with_causes};
 use sm_guest_proto::frame::{self, FrameDecoder, FrameType};
 
-use super::{Inspection, StateView, VmStatus};
+use super::{Inspection, StateView, StorageView, VmStatus};
 use crate::Error;
 use crate::record::{Damaged, Record, RecordError, VmState};
 
@@ -146,6 +146,7 @@ pub(super) fn inspect_all(records: Vec<Record>, timeout: Duration) -> Vec<Inspec
             Some(Inspection {
                 config: record.config().clone(),
                 state: state?,
+                storage: StorageView::of(&record),
             })
         })
         .collect()

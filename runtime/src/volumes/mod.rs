@@ -11,9 +11,12 @@
 
 mod host;
 mod mounts;
+mod plan;
+mod requests;
 mod store;
 #[cfg(test)]
 mod tests;
+mod users;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,7 +29,9 @@ use thiserror::Error;
 
 pub(crate) use self::host::warnings;
 pub use self::mounts::Mount;
-pub(crate) use self::mounts::requests;
+pub(crate) use self::plan::{MountPlan, VolumesOf, plan};
+pub(crate) use self::requests::requests;
+pub use self::users::PrunedVolumes;
 use crate::error::kind_of_io;
 use crate::sm::Sm;
 use crate::{Error, ErrorKind};
@@ -253,20 +258,20 @@ impl Volumes {
         Ok(self.store()?.get(name)?)
     }
 
+    /// Returns the names of all volumes, in order. Their files are not read.
+    ///
+    /// # Errors
+    /// They cannot be listed.
+    pub fn names(&self) -> Result<Vec<String>, Error> {
+        Ok(self.store()?.names()?)
+    }
+
     /// Returns all volumes, by name, and the errors of those that cannot be read.
     ///
     /// # Errors
     /// They cannot be listed.
     pub fn list(&self) -> Result<(Vec<Volume>, Vec<VolumeError>), Error> {
         Ok(self.store()?.list()?)
-    }
-
-    /// Removes a volume with its content.
-    ///
-    /// # Errors
-    /// There is none of this name, a VM uses it, or its files cannot be removed.
-    pub fn remove(&self, name: &str) -> Result<(), Error> {
-        Ok(self.store()?.remove(name)?)
     }
 
     /// Creates a volume with the content of another one, which is not copied: both share it

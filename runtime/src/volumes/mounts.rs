@@ -1,12 +1,8 @@
 //! Mounts of a VM, and Docker's texts for them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use sm_control::config::{HostChown, HostOptionsV1, HostOwner, MountSourceV1, MountV1};
-use sm_control::launch::{MountRequest, MountSource};
-
-use super::{VolumeError, VolumeOptions, Volumes, host};
-use crate::{Error, OptionError};
 
 /// A file system that is mounted in a workload's root.
 ///
@@ -21,17 +17,21 @@ use crate::{Error, OptionError};
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    kind: MountKind,
-    target: String,
-    read_only: bool,
+    pub(super) kind: MountKind,
+    pub(super) target: String,
+    pub(super) read_only: bool,
+    /// See [`MountV1::optional`].
+    pub(super) optional: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum MountKind {
+pub(super) enum MountKind {
     Volume {
-        /// `None` for a disk that is removed with the VM.
+        /// `None` for one that is created for the VM.
         name: Option<String>,
         copy: bool,
+        /// It was created for the VM.
+        anonymous: bool,
     },
     Host {
         path: PathBuf,
@@ -52,7 +52,9 @@ impl Mount {
         Self::of_disk(Some(name.into()), target)
     }
 
-    /// Mounts a disk that is removed with the VM.
+    /// Mounts a volume that is created for the VM, under a generated name. It is removed with
+    /// a VM that is removed at its exit, and otherwise by
+    /// [`Vm::remove_with_volumes`](crate::Vm::remove_with_volumes).
     #[must_use]
     pub fn anonymous(target: impl Into<String>) -> Self {
         Self::of_disk(None, target)
@@ -60,9 +62,14 @@ impl Mount {
 
     fn of_disk(name: Option<String>, target: impl Into<String>) -> Self {
         Self {
-            kind: MountKind::Volume { name, copy: true },
+            kind: MountKind::Volume {
+                name,
+                copy: true,
+                anonymous: false,
+            },
             target: target.into(),
             read_only: false,
+            optional: false,
         }
     }
 
@@ -81,6 +88,7 @@ impl Mount {
             },
             target: target.into(),
             read_only: false,
+            optional: false,
         }
     }
 
@@ -94,6 +102,7 @@ impl Mount {
             },
             target: target.into(),
             read_only: false,
+            optional: false,
         }
     }
 
@@ -298,9 +307,14 @@ impl Mount {
     pub(crate) fn stored(&self) -> MountV1 {
         MountV1 {
             source: match &self.kind {
-                MountKind::Volume { name, copy } => MountSourceV1::Volume {
+                MountKind::Volume {
+                    name,
+                    copy,
+                    anonymous,
+                } => MountSourceV1::Volume {
                     name: name.clone(),
                     copy: *copy,
+                    anonymous: *anonymous,
                 },
                 MountKind::Host { path, options } => MountSourceV1::Host {
                     options: *options,
@@ -314,6 +328,30 @@ impl Mount {
             },
             target: self.target.clone(),
             read_only: self.read_only,
+            optional: self.optional,
+        }
+    }
+
+    /// Returns the mount of a record.
+    pub(super) fn of_stored(stored: &MountV1) -> Self {
+        let kind = match stored.source.clone() {
+            MountSourceV1::Volume {
+                name,
+                copy,
+                anonymous,
+            } => MountKind::Volume {
+                name,
+                copy,
+                anonymous,
+            },
+            MountSourceV1::Host { path, options } => MountKind::Host { path, options },
+            MountSourceV1::Tmpfs { size, mode } => MountKind::Tmpfs { size, mode },
+        };
+        Self {
+            kind,
+            target: stored.target.clone(),
+            read_only: stored.read_only,
+            optional: stored.optional,
         }
     }
 
@@ -349,55 +387,6 @@ fn parse_mode(text: &str) -> Result<u32, String> {
         .ok()
         .filter(|mode| *mode <= 0o7777)
         .ok_or_else(|| format!("\"{text}\" is no mode: write 1777 or 700"))
-}
-
-/// Returns the mounts for a launch request, parents before children. Volumes that do not
-/// exist are created, and paths of the host are resolved.
-///
-/// # Errors
-/// Two mounts have the same target, a volume cannot be created, or a path of the host cannot
-/// be mounted.
-pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<MountRequest>, Error> {
-    let mut requests = Vec::with_capacity(mounts.len());
-    for mount in mounts {
-        let target = Path::new(&mount.target);
-        let taken = |other: &MountRequest| Path::new(&other.target) == target;
-        if requests.iter().any(taken) {
-            return Err(OptionError::MountedTwice(mount.target.clone()).into());
-        }
-        let source = match &mount.source {
-            MountSourceV1::Volume { name, copy } => MountSource::Volume {
-                name: name.clone().unwrap_or_default(),
-                directory: match name {
-                    Some(name) => {
-                        let volume = match volumes.get(name) {
-                            Err(Error::Volume(VolumeError::NotFound(_))) => {
-                                volumes.create(Some(name), &VolumeOptions::new())
-                            }
-                            found => found,
-                        };
-                        Some(volume?.path().to_owned())
-                    }
-                    None => None,
-                },
-                copy: *copy,
-            },
-            MountSourceV1::Host { path, options } => {
-                host::resolved(volumes.sm.home(), path, *options, mount.read_only)?
-            }
-            MountSourceV1::Tmpfs { size, mode } => MountSource::Tmpfs {
-                size: *size,
-                mode: *mode,
-            },
-        };
-        requests.push(MountRequest {
-            source,
-            target: mount.target.clone(),
-            read_only: mount.read_only,
-        });
-    }
-    requests.sort_by_key(|mount| Path::new(&mount.target).components().count());
-    Ok(requests)
 }
 
 #[cfg(test)]
@@ -500,26 +489,5 @@ mod tests {
             Ok(Mount::tmpfs("/t").size(64 << 20).mode(0o1700))
         );
         assert!(parse("t").is_err() && parse("/t:uid=1").is_err());
-    }
-
-    #[test]
-    fn parents_come_first_and_targets_differ() {
-        let dir = tempfile::tempdir().unwrap();
-        let sm = crate::Sm::builder().below(dir.path()).build().unwrap();
-        let mounts = [
-            Mount::tmpfs("/a/b/c"),
-            Mount::volume("db", "/a"),
-            Mount::anonymous("/a/b"),
-        ]
-        .map(|mount| mount.stored());
-        let found = requests(&sm.volumes(), &mounts).unwrap();
-        let targets: Vec<_> = found.iter().map(|mount| mount.target.as_str()).collect();
-        assert_eq!(targets, ["/a", "/a/b", "/a/b/c"]);
-        // It was created.
-        assert!(sm.volumes().get("db").is_ok());
-        let twice = [Mount::tmpfs("/a"), Mount::tmpfs("/a/")].map(|mount| mount.stored());
-        let error = requests(&sm.volumes(), &twice).unwrap_err().to_string();
-        assert!(error.contains("\"/a/\""), "{error}");
-        assert!(requests(&sm.volumes(), &[Mount::volume("-", "/a").stored()]).is_err());
     }
 }

@@ -96,7 +96,7 @@ impl VolumeStore {
     }
 
     /// Serialises changes of names. It is held briefly: directories are complete before.
-    fn names(&self) -> Result<File, VolumeError> {
+    fn names_lock(&self) -> Result<File, VolumeError> {
         let path = self.directory.join(NAMES_LOCK);
         let locked = lock(&path, FlockOperation::LockExclusive)?;
         locked.ok_or_else(|| io_error("lock", &path)(io::ErrorKind::WouldBlock.into()))
@@ -205,7 +205,7 @@ impl VolumeStore {
             .map_err(io_error("write", &path))?;
         lock(&fresh.join(LOCK), FlockOperation::NonBlockingLockShared)?;
         create(&DiskDirectory::at(fresh.join(DISK))).map_err(disk_error(name))?;
-        let _names = self.names()?;
+        let _names = self.names_lock()?;
         let path = self.path(name);
         if path.exists() {
             return Err(VolumeError::Exists(name.to_owned()));
@@ -263,7 +263,8 @@ impl VolumeStore {
         })
     }
 
-    pub(super) fn list(&self) -> Result<(Vec<Volume>, Vec<VolumeError>), VolumeError> {
+    /// Returns the names of all volumes, in order.
+    pub(super) fn names(&self) -> Result<Vec<String>, VolumeError> {
         let list = io_error("list", &self.directory);
         let entries = fs::read_dir(&self.directory)
             .and_then(Iterator::collect::<io::Result<Vec<_>>>)
@@ -274,8 +275,12 @@ impl VolumeStore {
             .filter(|name| is_valid_name(name))
             .collect();
         names.sort();
+        Ok(names)
+    }
+
+    pub(super) fn list(&self) -> Result<(Vec<Volume>, Vec<VolumeError>), VolumeError> {
         let (mut volumes, mut errors) = (Vec::new(), Vec::new());
-        for name in names {
+        for name in self.names()? {
             match self.get(&name) {
                 Ok(volume) => volumes.push(volume),
                 // It was removed meanwhile.
@@ -295,7 +300,7 @@ impl VolumeStore {
         let _held = self.claim(name)?;
         let grave = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
         {
-            let _names = self.names()?;
+            let _names = self.names_lock()?;
             fs::rename(&path, &grave).map_err(io_error("remove", &path))?;
         }
         fs::remove_dir_all(&grave).map_err(io_error("remove", &grave))

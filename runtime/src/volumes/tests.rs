@@ -2,8 +2,11 @@ use std::fs::{self, File};
 
 use rustix::fs::{FlockOperation, flock};
 
+use sm_control::config::{SettingsSourceV1, VmConfig};
+
 use super::*;
-use crate::ErrorKind;
+use crate::record::{Draft, Record, Records};
+use crate::{ErrorKind, Force, RunOptions};
 
 struct Fixture {
     dir: tempfile::TempDir,
@@ -19,6 +22,22 @@ fn fixture() -> Fixture {
 
 fn small() -> VolumeOptions {
     VolumeOptions::new().size(16 << 20)
+}
+
+/// Creates a VM, which does not run, with these mounts.
+pub(super) fn vm_with(sm: &Sm, name: &str, mounts: &[Mount]) -> Record {
+    let options = mounts
+        .iter()
+        .cloned()
+        .fold(RunOptions::new(), RunOptions::mount);
+    let draft = Draft {
+        name: Some(name.to_owned()),
+        start: Some(options.settings(SettingsSourceV1::Image { cold: false })),
+        idle: true,
+    };
+    let records = Records::open(sm.home()).unwrap();
+    let created = records.create(&draft, |id, name| Ok(VmConfig::new(id, name)));
+    created.unwrap().0
 }
 
 fn names(volumes: &Volumes) -> Vec<String> {
@@ -132,4 +151,72 @@ fn a_damaged_volume_affects_no_other() {
     );
     volumes.remove("bad").unwrap();
     assert_eq!(names(&volumes), ["good"]);
+}
+
+#[test]
+fn a_volume_of_a_vm_that_does_not_run_stays() {
+    let Fixture { volumes, .. } = fixture();
+    let sm = volumes.sm.clone();
+    volumes.create(Some("data"), &small()).unwrap();
+    volumes.create(Some("free"), &small()).unwrap();
+    vm_with(&sm, "web", &[Mount::volume("data", "/data")]);
+    let error = volumes.remove("data").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    let text = error.to_string();
+    assert_eq!(text, "volume \"data\" is in use by VM \"web\"");
+    let pruned = volumes.prune(|_| true).unwrap();
+    assert_eq!(pruned.names, ["free"]);
+    let usage = volumes.disk_usage().unwrap();
+    assert_eq!((usage.total, usage.active), (1, 1));
+    sm.vm("web")
+        .unwrap()
+        .remove_with_volumes(Force::No)
+        .unwrap();
+    // A name that somebody gave outlives the VM.
+    assert_eq!(names(&volumes), ["data"]);
+    volumes.remove("data").unwrap();
+}
+
+#[test]
+fn anonymous_volumes_go_with_their_vm_on_request() {
+    let Fixture { volumes, .. } = fixture();
+    let sm = volumes.sm.clone();
+    let declared = ["/data".to_owned()];
+    let plan = plan(&sm, &[Mount::anonymous("/own")], &[], &declared, false).unwrap();
+    let created = |name: &str, mounts: &[Mount]| {
+        let record = vm_with(&sm, name, mounts);
+        requests(&volumes, &record.start_settings().unwrap().mounts).unwrap();
+    };
+    created("one", &plan.mounts);
+    created("two", &plan.mounts[1..]);
+    assert_eq!(names(&volumes).len(), 2);
+    sm.vm("one")
+        .unwrap()
+        .remove_with_volumes(Force::No)
+        .unwrap();
+    assert_eq!(names(&volumes).len(), 1, "the other VM has it, too");
+    sm.vm("two").unwrap().remove(Force::No).unwrap();
+    let left = names(&volumes);
+    assert_eq!(left.len(), 1, "as in Docker, without -v");
+    let pruned = volumes.prune(Volume::is_anonymous).unwrap();
+    assert_eq!(pruned.names, left);
+}
+
+#[test]
+fn nothing_is_pruned_that_an_unreadable_vm_may_need() {
+    let Fixture { volumes, .. } = fixture();
+    volumes.create(Some("data"), &small()).unwrap();
+    let record = vm_with(&volumes.sm, "web", &[Mount::volume("data", "/data")]);
+    fs::write(record.directory().join("config.json"), "{").unwrap();
+    let error = volumes.prune(|_| true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Damaged);
+    assert_eq!(names(&volumes), ["data"]);
+}
+
+#[test]
+fn names_are_listed_without_reading_volumes() {
+    let Fixture { volumes, .. } = fixture();
+    let bad = volumes.create(Some("bad"), &small()).unwrap();
+    fs::remove_file(bad.path().join("volume.json")).unwrap();
+    assert_eq!(volumes.names().unwrap(), ["bad"]);
 }

@@ -34,6 +34,7 @@ pub(super) fn of_guest(requested: &[MountRequest]) -> Vec<GuestMount> {
         },
         target: mount.target.clone(),
         read_only: mount.read_only,
+        optional: mount.optional,
     };
     requested.iter().map(mount).collect()
 }
@@ -50,6 +51,7 @@ mod tests {
             source,
             target: target.to_owned(),
             read_only: false,
+            optional: false,
         };
         let volume = |name: &str| MountSource::Volume {
             name: name.to_owned(),

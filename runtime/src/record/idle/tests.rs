@@ -237,6 +237,7 @@ fn the_settings_of_starts_are_kept() {
         root_disk: None,
         upper_size: None,
         mounts: Vec::new(),
+        volumes_in_root: Vec::new(),
         shm_size: None,
         extra_hosts: Vec::new(),
         nameservers: Vec::new(),
