@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 mod files;
 mod image;
 mod life;
+mod privileges;
 mod run;
 mod snapshot;
 mod system;
@@ -16,6 +17,7 @@ pub(crate) use image::{
     PushArgs, RmiArgs, SaveArgs, TagArgs, VerifyArgs,
 };
 pub(crate) use life::{EventsArgs, LifeArgs, RenameArgs, RestartArgs, StartArgs, UpdateArgs};
+pub(crate) use privileges::{PrivilegeArgs, SecurityOption};
 pub(crate) use run::{CreateArgs, ExecArgs, Pull, RunArgs};
 pub(crate) use snapshot::{ForkArgs, SnapshotCommand};
 pub(crate) use system::{InstallUnitArgs, SystemCommand, SystemPruneArgs, TopArgs};

@@ -95,6 +95,7 @@ mod health;
 pub mod id;
 pub mod launch;
 mod paging;
+pub mod privileges;
 pub mod publish;
 pub mod session;
 pub mod signal;

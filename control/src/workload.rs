@@ -2,11 +2,12 @@
 //! overrides, by Docker's rules.
 
 use serde::{Deserialize, Serialize};
-pub use sm_guest_proto::exec::Rlimit;
 use sm_guest_proto::exec::{ExecRequest, Role};
+pub use sm_guest_proto::exec::{Rlimit, Sysctl};
 use thiserror::Error;
 
 use crate::health::HealthCheck;
+use crate::privileges::{self, PrivilegeError, Privileges};
 use crate::signal;
 
 /// Docker's search path for images that set none.
@@ -34,6 +35,9 @@ pub enum WorkloadError {
     /// The host name is not one that the guest's kernel accepts.
     #[error("host name \"{0}\" is not valid: use 1 to 63 letters, digits, '-' and '.'")]
     Hostname(String),
+    /// Linux has no such capability or kernel parameter.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
 }
 
 /// The members of an image's configuration that determine the workload (OCI image-spec
@@ -88,6 +92,16 @@ pub struct Overrides {
     pub stdin: bool,
     /// Resource limits.
     pub rlimits: Vec<Rlimit>,
+    /// Capabilities that it has although it is dropped, or all are.
+    pub cap_add: Vec<String>,
+    /// Capabilities that it does not have, or `ALL`.
+    pub cap_drop: Vec<String>,
+    /// It has all capabilities, whatever is dropped.
+    pub privileged: bool,
+    /// Its programs gain no privileges by set-user-ID bits and file capabilities.
+    pub no_new_privileges: bool,
+    /// Names and values of kernel parameters.
+    pub sysctls: Vec<(String, String)>,
 }
 
 /// A complete workload, ready to be sent to the guest.
@@ -115,6 +129,12 @@ pub struct Workload {
     /// Resource limits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rlimits: Vec<Rlimit>,
+    /// Limits of its privileges in the guest.
+    #[serde(default, skip_serializing_if = "Privileges::are_unlimited")]
+    pub privileges: Privileges,
+    /// Parameters of the guest's kernel.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sysctls: Vec<Sysctl>,
 }
 
 impl Workload {
@@ -177,6 +197,18 @@ impl Workload {
             hostname: hostname.to_owned(),
             stop_signal,
             rlimits: wish.rlimits.clone(),
+            privileges: Privileges {
+                capabilities: match wish.privileged {
+                    true => None,
+                    false => privileges::capabilities(&wish.cap_add, &wish.cap_drop)?,
+                },
+                no_new_privileges: wish.no_new_privileges,
+            },
+            sysctls: wish
+                .sysctls
+                .iter()
+                .map(|(name, value)| privileges::sysctl(name, value))
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -196,6 +228,8 @@ impl Workload {
             stdin: self.stdin,
             role: Role::Main,
             rlimits: self.rlimits.clone(),
+            privileges: Some(self.privileges),
+            sysctls: self.sysctls.clone(),
             ..ExecRequest::default()
         }
     }

@@ -13,8 +13,9 @@ use sm_control::config::{
     SettingsSourceV1, StartSettingsV1, StoredConfigV1, VmConfig,
 };
 use sm_control::id::VmId;
+use sm_control::privileges::{GuestCapabilities, Privileges};
 use sm_control::publish::Publication;
-use sm_control::workload::{Rlimit, Workload};
+use sm_control::workload::{Rlimit, Sysctl, Workload};
 
 /// A configuration in which every member differs from its default.
 fn config() -> VmConfig {
@@ -37,6 +38,8 @@ fn config() -> VmConfig {
             soft: 10,
             hard: u64::MAX,
         }],
+        privileges: Privileges::default(),
+        sysctls: Vec::new(),
     };
     config.memory_bytes = 1 << 28;
     config.cpus = 2;
@@ -114,6 +117,31 @@ fn records_are_written_and_read() {
     // Records had no version at first, and fewer members.
     assert_eq!(read(&form()).unwrap(), config());
     assert_eq!(read(&early(form())).unwrap(), early_config());
+}
+
+#[test]
+fn limits_of_privileges_are_written_and_read() {
+    let mut config = config();
+    config.workload.privileges = Privileges {
+        capabilities: GuestCapabilities::named("KILL"),
+        no_new_privileges: true,
+    };
+    config.workload.sysctls = vec![Sysctl {
+        path: "net/core/somaxconn".into(),
+        value: "9".into(),
+    }];
+    let written = serde_json::to_value(RecordConfigV1::from(config.clone())).unwrap();
+    let workload = &written["workload"];
+    assert_eq!(
+        workload["privileges"],
+        json!({"capabilities": ["KILL"], "no_new_privileges": true})
+    );
+    assert_eq!(
+        workload["sysctls"],
+        json!([{"path": "net/core/somaxconn", "value": "9"}])
+    );
+    let read = VmConfig::from_record(written.to_string().as_bytes()).unwrap();
+    assert_eq!(read, config);
 }
 
 #[test]

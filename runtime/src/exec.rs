@@ -13,6 +13,7 @@ use sm_guest_proto::PROTOCOL_VERSION;
 use sm_guest_proto::container::ContainerId;
 use sm_guest_proto::exec::{ExecControl, ExecRequest, GuestProcess, Hello, Role, StageFile};
 use sm_guest_proto::frame::FrameType;
+use sm_guest_proto::privileges::Privileges;
 
 use crate::events::EventAction;
 use crate::record::Record;
@@ -111,6 +112,14 @@ impl ExecBuilder {
         self.request.timeout_ms = u64::try_from(timeout.as_millis())
             .unwrap_or(u64::MAX)
             .max(1);
+        self
+    }
+
+    /// Gives it all capabilities of the guest's kernel, even if the workload does not have
+    /// them.
+    #[must_use]
+    pub fn privileged(mut self, yes: bool) -> Self {
+        self.request.privileges = yes.then(Privileges::default);
         self
     }
 

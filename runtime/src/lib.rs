@@ -115,5 +115,8 @@ pub mod session {
 /// The workload of a virtual machine: an image's defaults merged with the caller's
 /// overrides, by Docker's rules.
 pub mod workload {
-    pub use sm_control::workload::{ImageDefaults, Overrides, Rlimit, Workload, WorkloadError};
+    pub use sm_control::privileges::{GuestCapabilities, PrivilegeError, Privileges};
+    pub use sm_control::workload::{
+        ImageDefaults, Overrides, Rlimit, Sysctl, Workload, WorkloadError,
+    };
 }

@@ -46,24 +46,6 @@ pub(crate) struct LifeArgs {
     /// Do not run the image's health check
     #[arg(long, conflicts_with_all = ["health_cmd", "health_interval", "health_timeout", "health_start_period", "health_retries"])]
     pub(crate) no_healthcheck: bool,
-    /// Accepted: the workload has all capabilities in the guest's own kernel
-    #[arg(long, hide = true)]
-    pub(crate) privileged: bool,
-    /// Accepted: see --privileged
-    #[arg(long, value_name = "CAPABILITY", hide = true)]
-    pub(crate) cap_add: Vec<String>,
-    // These options are accepted only to refuse them with a helpful message.
-    #[arg(long, value_name = "CAPABILITY", hide = true)]
-    pub(crate) cap_drop: Vec<String>,
-    #[arg(long, value_name = "OPTION", hide = true)]
-    pub(crate) security_opt: Vec<String>,
-    #[arg(long, value_name = "NAME=VALUE", hide = true)]
-    pub(crate) sysctl: Vec<String>,
-    #[arg(long, value_name = "DEVICE", hide = true)]
-    pub(crate) device: Vec<String>,
-    /// Accepted for Docker's sake: every VM has an init that reaps processes
-    #[arg(long, hide = true)]
-    pub(crate) init: bool,
 }
 
 #[derive(Debug, Args)]

@@ -10,6 +10,7 @@ use sm_runtime::volumes::Mount;
 use sm_runtime::{Publication, RootStorage};
 
 use super::life::LifeArgs;
+use super::privileges::PrivilegeArgs;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
 use crate::units::{self, parse_publish_wait, parse_size};
 
@@ -73,6 +74,8 @@ pub(crate) struct RunArgs {
 pub(crate) struct CreateArgs {
     #[command(flatten)]
     pub(crate) life: LifeArgs,
+    #[command(flatten)]
+    pub(crate) privileges: PrivilegeArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
     /// Remove the VM when it exits
@@ -282,6 +285,9 @@ impl From<Paging> for sm_runtime::Paging {
 pub(crate) struct ExecArgs {
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+    /// Give the command all capabilities, even if the workload does not have them
+    #[arg(long)]
+    pub(crate) privileged: bool,
     /// Kill the command after this time, in seconds
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<u64>,

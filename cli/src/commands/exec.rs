@@ -42,6 +42,7 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
     let mut builder = vm
         .exec(args.command)
         .stdin(process.interactive)
+        .privileged(args.privileged)
         .env(process.environment()?);
     if let Some(directory) = process.workdir {
         builder = builder.cwd(directory);

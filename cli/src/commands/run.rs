@@ -16,7 +16,7 @@ use sm_runtime::{
 };
 
 use super::images;
-use crate::args::{CreateArgs, LifeArgs, RunArgs};
+use crate::args::{CreateArgs, LifeArgs, PrivilegeArgs, RunArgs, SecurityOption};
 use crate::failure::{Failure, hint_of_cause};
 use crate::printer::Printer;
 use crate::stream::{self, End, Remote, Wiring};
@@ -103,30 +103,10 @@ fn open(sm: &Sm, args: &CreateArgs, printer: &Printer) -> Result<Image, Failure>
 }
 
 fn refuse_unsupported(args: &CreateArgs) -> anyhow::Result<()> {
-    let life = &args.life;
-    if let Some(device) = life.device.first() {
+    if let Some(device) = args.privileges.device.first() {
         bail!(
             "device \"{device}\" cannot be given to a VM: a guest has its own kernel and \
              reaches no hardware of the host. Leave out --device"
-        );
-    }
-    if let Some(capability) = life.cap_drop.first() {
-        bail!(
-            "capability \"{capability}\" cannot be dropped yet: the workload has all of the \
-             guest's own kernel, and none on the host. Leave out --cap-drop, or run the \
-             workload as another user with -u"
-        );
-    }
-    if let Some(option) = life.security_opt.first() {
-        bail!(
-            "security option \"{option}\" has no effect in a VM, whose boundary is its \
-             hypervisor. Leave out --security-opt"
-        );
-    }
-    if let Some(setting) = life.sysctl.first() {
-        bail!(
-            "sysctl \"{setting}\" cannot be set at the start yet: the workload may set it \
-             itself (sysctl -w), as the kernel is its own. Leave out --sysctl"
         );
     }
     Ok(())
@@ -287,6 +267,7 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     overrides.stdin = process.interactive;
     let rlimits = args.ulimit.iter().map(|text| parse_ulimit(text));
     overrides.rlimits = rlimits.collect::<anyhow::Result<_>>()?;
+    privileges(&args.privileges, &mut overrides);
     let (columns, rows) = terminal::size().unwrap_or((80, 24));
     let mut options = RunOptions::new()
         .overrides(overrides)
@@ -344,6 +325,19 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
         options = options.nameserver(address.as_str());
     }
     Ok(options)
+}
+
+/// Applies the options about the workload's privileges.
+fn privileges(args: &PrivilegeArgs, overrides: &mut Overrides) {
+    overrides.cap_add.clone_from(&args.cap_add);
+    overrides.cap_drop.clone_from(&args.cap_drop);
+    overrides.privileged = args.privileged;
+    for option in &args.security_opt {
+        if let SecurityOption::NoNewPrivileges(yes) = option {
+            overrides.no_new_privileges = *yes;
+        }
+    }
+    overrides.sysctls.clone_from(&args.sysctl);
 }
 
 /// Applies the options about a VM's life.

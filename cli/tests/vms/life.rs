@@ -276,9 +276,9 @@ fn options_of_docker_that_a_vm_cannot_have_are_refused_with_the_reason() {
     let user = User::new();
     for (option, value, words) in [
         ("--device", "/dev/sda", "no hardware of the host"),
-        ("--cap-drop", "ALL", "cannot be dropped yet"),
-        ("--security-opt", "no-new-privileges", "no effect in a VM"),
-        ("--sysctl", "net.core.somaxconn=1", "sysctl -w"),
+        ("--security-opt", "seccomp=p.json", "the VM is the boundary"),
+        ("--sysctl", "net.core.somaxconn", "write NAME=VALUE"),
+        ("--cap-drop", "FLY", "is no capability of Linux"),
     ] {
         for command in ["run", "create"] {
             let done = user.sm(&[command, "--privileged", "--init", option, value, "oci:x"]);

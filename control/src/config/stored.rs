@@ -18,8 +18,9 @@ use super::{
     to_ms, to_ns, to_wait_ms,
 };
 use crate::id::VmId;
+use crate::privileges::Privileges;
 use crate::publish::{HostEnd, Publication, TlsEnd};
-use crate::workload::{Rlimit, Workload};
+use crate::workload::{Rlimit, Sysctl, Workload};
 
 /// The configuration of a VM. Its version is that of the file or section which contains
 /// it.
@@ -95,6 +96,12 @@ pub struct WorkloadV1 {
     /// Resource limits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rlimits: Vec<RlimitV1>,
+    /// Limits of its privileges in the guest.
+    #[serde(default, skip_serializing_if = "Privileges::are_unlimited")]
+    pub privileges: Privileges,
+    /// Parameters of the guest's kernel.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sysctls: Vec<Sysctl>,
 }
 
 /// A resource limit of a workload.
@@ -259,6 +266,8 @@ impl From<Workload> for WorkloadV1 {
             hostname,
             stop_signal,
             rlimits,
+            privileges,
+            sysctls,
         } = workload;
         let rlimits = rlimits.into_iter();
         Self {
@@ -271,6 +280,8 @@ impl From<Workload> for WorkloadV1 {
             stdin,
             hostname,
             stop_signal,
+            privileges,
+            sysctls,
             rlimits: rlimits
                 .map(|Rlimit { name, soft, hard }| RlimitV1 { name, soft, hard })
                 .collect(),
@@ -291,6 +302,8 @@ impl From<WorkloadV1> for Workload {
             hostname,
             stop_signal,
             rlimits,
+            privileges,
+            sysctls,
         } = workload;
         let rlimits = rlimits.into_iter();
         Self {
@@ -303,6 +316,8 @@ impl From<WorkloadV1> for Workload {
             stdin,
             hostname,
             stop_signal,
+            privileges,
+            sysctls,
             rlimits: rlimits
                 .map(|RlimitV1 { name, soft, hard }| Rlimit { name, soft, hard })
                 .collect(),

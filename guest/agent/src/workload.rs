@@ -21,6 +21,7 @@ use rustix::net::{
 use rustix::process::Pid;
 use sm_event_loop::Key;
 use sm_guest_proto::control::AttachRoot;
+use sm_guest_proto::privileges::Privileges;
 
 use crate::cgroup::Cgroup;
 use crate::exec::stdio::ChildEnds;
@@ -99,6 +100,8 @@ pub(crate) struct Workload {
     init: Option<Pid>,
     channel: Option<Watched>,
     main: Option<Key>,
+    /// Those of the main command, which commands beside it have as well.
+    privileges: Privileges,
     own_pids: OwnedFd,
     /// The image and the changes of the root, once it is assembled.
     layers: Option<RootLayers>,
@@ -124,6 +127,7 @@ impl Workload {
             init: None,
             channel: None,
             main: None,
+            privileges: Privileges::default(),
             own_pids: File::open("/proc/self/ns/pid")?.into(),
             layers: None,
             directory,
@@ -133,6 +137,11 @@ impl Workload {
     /// Returns the session of the main command, if there is one.
     pub(crate) fn main(&self) -> Option<Key> {
         self.main
+    }
+
+    /// Returns the privileges of the main command; none are limited before it runs.
+    pub(crate) fn privileges(&self) -> Privileges {
+        self.privileges
     }
 
     /// Removes the reference to the main command's session, which has ended.
@@ -337,6 +346,7 @@ impl Workload {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         sendmsg(channel, &[IoSlice::new(&[1])], &mut ancillary, flags)?;
         self.main = Some(key);
+        self.privileges = launch.request.privileges.unwrap_or_default();
         Ok(init)
     }
 

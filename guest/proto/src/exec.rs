@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::container::ContainerId;
 use crate::files::FileRequest;
+use crate::privileges::Privileges;
 
 /// The first message in either direction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +150,13 @@ pub struct ExecRequest {
     pub timeout_ms: u64,
     /// Resource limits set before the command starts.
     pub rlimits: Vec<Rlimit>,
+    /// Limits of its privileges; absent for those of the container's main command, and for
+    /// none if that does not run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub privileges: Option<Privileges>,
+    /// Parameters of the kernel set before the command starts, in this order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sysctls: Vec<Sysctl>,
 }
 
 /// A file that the agent writes before it starts a command.
@@ -161,6 +169,15 @@ pub struct StageFile {
     /// Contents.
     #[serde(with = "crate::base64_bytes")]
     pub data: Vec<u8>,
+}
+
+/// A parameter of the guest's kernel (proc_sys(5)).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sysctl {
+    /// Path below `/proc/sys`, such as `net/core/somaxconn`.
+    pub path: String,
+    /// Its value.
+    pub value: String,
 }
 
 /// One resource limit, as in `setrlimit(2)`.

@@ -29,6 +29,7 @@ pub mod exec;
 pub mod files;
 pub mod forward;
 pub mod frame;
+pub mod privileges;
 
 /// Version of the exec and control protocols that this build implements.
 ///

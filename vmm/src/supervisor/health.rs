@@ -153,6 +153,7 @@ impl<G: GuestMachine> Supervisor<G> {
         request.tty = false;
         request.stdin = false;
         request.rlimits.clear();
+        request.sysctls.clear();
         request.timeout_ms = timeout;
         match guest.connect(port::EXEC).and_then(Conn::new) {
             Ok(mut conn) => {

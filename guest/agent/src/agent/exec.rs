@@ -101,7 +101,11 @@ impl Agent {
         }
     }
 
-    pub(super) fn try_launch(&mut self, key: Key, request: ExecRequest) -> Result<(), LaunchError> {
+    pub(super) fn try_launch(
+        &mut self,
+        key: Key,
+        mut request: ExecRequest,
+    ) -> Result<(), LaunchError> {
         let fail = |what: &str, error: io::Error| LaunchError::failed(format!("{what}: {error}"));
         let (container_key, container) = self
             .containers
@@ -120,6 +124,7 @@ impl Agent {
                 "the container's main command already runs",
             ));
         }
+        request.privileges.get_or_insert(workload.privileges());
         let (child_ends, agent_ends) = if request.tty {
             stdio::terminal(&workload.devpts(), request.cols, request.rows)
                 .map_err(|error| fail("open a terminal", error))?

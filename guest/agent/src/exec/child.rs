@@ -21,6 +21,7 @@ use rustix::process::{Pid, Resource, Rlimit as Limits, setrlimit};
 use sm_guest_proto::exec::{ExecRequest, Role, StageFile};
 
 use super::lookup::{DEFAULT_PATH, exec_error, find};
+use super::privileges::{limit_gains, limit_own, set_parameter};
 use super::status::MAX_FAILURE;
 use super::stdio::ChildEnds;
 use super::{Launch, LaunchError};
@@ -87,8 +88,15 @@ fn prepare_and_exec(
     // The command is subject to the OOM killer. The agent, whose setting it inherited, is
     // not. This must precede the change of user.
     let _ = fs::write("/proc/self/oom_score_adj", "0");
+    for sysctl in &request.sysctls {
+        set_parameter(sysctl).map_err(LaunchError::failed)?;
+    }
+    let privileges = request.privileges.unwrap_or_default();
+    let limited = |error| fail("limit the command's privileges", error);
+    limit_gains(&privileges).map_err(limited)?;
     sys::set_user(account.uid, account.gid, &account.groups)
         .map_err(|error| fail("change user", error))?;
+    limit_own(&privileges).map_err(limited)?;
     if request.chain.is_empty() {
         return Err(exec(&request.argv, &env));
     }

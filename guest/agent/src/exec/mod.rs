@@ -7,6 +7,7 @@
 pub(crate) mod child;
 mod input;
 pub(crate) mod lookup;
+mod privileges;
 pub(crate) mod session;
 mod status;
 pub(crate) mod stdio;

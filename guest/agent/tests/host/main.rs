@@ -16,6 +16,7 @@ mod forward;
 mod identity;
 mod lifecycle;
 mod luck;
+mod privileges;
 
 use std::fs;
 use std::io::{Read as _, Seek as _, Write as _};
@@ -247,6 +248,7 @@ fn main() -> ExitCode {
         identity::TESTS,
         lifecycle::TESTS,
         luck::TESTS,
+        privileges::TESTS,
     ]
     .concat();
     for (name, test) in tests {
