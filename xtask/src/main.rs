@@ -6,6 +6,7 @@
 
 mod apt;
 mod background;
+mod bench_disk;
 mod bench_image;
 mod bench_kernel;
 mod bench_restore;
@@ -75,6 +76,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Setup => needs::everything(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
+        Invocation::BenchDisk(options) => bench_disk::run(&options)?,
         Invocation::BenchImage(options) => bench_image::run(&apt, &options)?,
         Invocation::BenchKernel(options) => bench_kernel::run(&apt, &options)?,
         Invocation::BenchRestore(options) => bench_restore::run(&apt, &options)?,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
+use crate::bench_disk;
 use crate::bench_image;
 use crate::bench_kernel;
 use crate::bench_restore;
@@ -38,6 +39,8 @@ Developer commands of sm: cargo xtask COMMAND
               licences, a bill of materials, checksums [--check: and run it alone in the lab]
   kernel      the tuned guest kernel, built once [--stock: the distribution's]
   fixtures    images for the end-to-end tests
+  bench-disk  disks of layers against raw files, and the time of a freeze
+              [--rounds N] [--only NAME] [--directory DIR] [--json FILE]
   bench-kernel
               the tuned kernel's size, and its instructions until the first program
               [--vs VMLINUX]...
@@ -72,6 +75,7 @@ pub(crate) enum Invocation {
     Lab(LabJob),
     Setup,
     Demo,
+    BenchDisk(bench_disk::BenchDiskOptions),
     BenchImage(bench_image::BenchImageOptions),
     BenchKernel(bench_kernel::BenchKernelOptions),
     BenchRestore(bench_restore::BenchRestoreOptions),
@@ -130,6 +134,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
             build: flag(&mut parser, "full")?,
         },
         "ci" => without_options(parser, Invocation::Ci)?,
+        "bench-disk" => Invocation::BenchDisk(bench_disk(parser)?),
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
@@ -278,6 +283,20 @@ fn fuzz(mut parser: lexopt::Parser) -> Result<fuzz::FuzzOptions> {
             Long("minutes") => options.minutes = Some(parser.value()?.parse()?),
             Long("save") => options.save = true,
             Value(name) => options.names.push(name.string()?),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(options)
+}
+
+fn bench_disk(mut parser: lexopt::Parser) -> Result<bench_disk::BenchDiskOptions> {
+    let mut options = bench_disk::BenchDiskOptions::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
+            Long("only") => options.only = Some(parser.value()?.string()?),
+            Long("directory") => options.directory = Some(parser.value()?.into()),
+            Long("json") => options.json = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
     }

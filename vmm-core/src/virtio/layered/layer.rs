@@ -22,8 +22,12 @@ pub(super) const CLUSTER_BYTES: usize = 4096;
 pub const MAX_CAPACITY: u64 = 8 << 40;
 
 const MAGIC: [u8; 8] = *b"SMLAYER\0";
-const VERSION: u32 = 1;
+/// In version 1, clusters followed the index at once.
+const VERSION: u32 = 2;
 const HEADER_BYTES: u64 = 4096;
+/// The clusters begin at a multiple of it: Linux keeps a file in its page cache in naturally
+/// aligned units of up to this size, so requests touch as few of them as those to a raw file.
+const ALIGNMENT: u64 = 2 << 20;
 
 /// Names a layer, so that only the layers that belong together are stacked. Random, and not
 /// zeros.
@@ -78,6 +82,8 @@ pub struct DiskLayer {
     pub(super) storage: Box<dyn Storage>,
     pub(super) index: Index,
     pub(super) capacity: u64,
+    /// The first byte of the clusters in the file.
+    data: u64,
     pub(super) id: LayerId,
     pub(super) parent: LayerId,
     /// Held during a flush: two disks may have a layer that was just frozen. True if the
@@ -103,11 +109,12 @@ impl LayerHeader {
     /// # Errors
     /// As [`DiskLayer::open`].
     pub fn read(file: &File) -> Result<Self, LayerError> {
-        read_header(file)
+        read_header(file).map(|(header, _)| header)
     }
 }
 
-fn read_header(storage: &dyn Storage) -> Result<LayerHeader, LayerError> {
+/// Returns also the first byte of the clusters.
+fn read_header(storage: &dyn Storage) -> Result<(LayerHeader, u64), LayerError> {
     let len = storage.len()?;
     if len < HEADER_BYTES {
         return Err(LayerError::Format("it is shorter than a header"));
@@ -118,8 +125,9 @@ fn read_header(storage: &dyn Storage) -> Result<LayerHeader, LayerError> {
     if header.magic != MAGIC {
         return Err(LayerError::Format("it does not begin as one"));
     }
-    if header.version != VERSION {
-        return Err(LayerError::Version(header.version.get()));
+    let version = header.version.get();
+    if !(1..=VERSION).contains(&version) {
+        return Err(LayerError::Version(version));
     }
     if u64::from(header.cluster.get()) != CLUSTER {
         return Err(LayerError::Format("its clusters have another size"));
@@ -129,14 +137,19 @@ fn read_header(storage: &dyn Storage) -> Result<LayerHeader, LayerError> {
     }
     let capacity = header.capacity.get();
     check_capacity(capacity)?;
-    if len < data_start(capacity) + capacity {
+    let data = match version {
+        1 => index_end(capacity),
+        _ => data_start(capacity),
+    };
+    if len < data + capacity {
         return Err(LayerError::Format("it is shorter than its header says"));
     }
-    Ok(LayerHeader {
+    let header = LayerHeader {
         id: header.id,
         parent: header.parent,
         capacity,
-    })
+    };
+    Ok((header, data))
 }
 
 /// Checks a capacity, which is a caller's or a file's.
@@ -147,9 +160,14 @@ fn check_capacity(capacity: u64) -> Result<(), LayerError> {
     Ok(())
 }
 
-/// The first byte of the clusters in the file.
-fn data_start(capacity: u64) -> u64 {
+/// The end of the index in the file.
+fn index_end(capacity: u64) -> u64 {
     HEADER_BYTES + Index::file_len(capacity / CLUSTER)
+}
+
+/// The first byte of the clusters in a new file.
+fn data_start(capacity: u64) -> u64 {
+    index_end(capacity).next_multiple_of(ALIGNMENT)
 }
 
 impl DiskLayer {
@@ -194,12 +212,14 @@ impl DiskLayer {
             id,
             parent,
         };
-        storage.extend(data_start(capacity) + capacity)?;
+        let data = data_start(capacity);
+        storage.extend(data + capacity)?;
         storage.store(header.as_bytes(), 0)?;
         Ok(Self {
             storage,
             index: Index::new(capacity / CLUSTER),
             capacity,
+            data,
             id,
             parent,
             flushing: Mutex::new(false),
@@ -217,17 +237,19 @@ impl DiskLayer {
     }
 
     pub(super) fn open_on(storage: Box<dyn Storage>) -> Result<Self, LayerError> {
+        let (header, data) = read_header(&*storage)?;
         let LayerHeader {
             id,
             parent,
             capacity,
-        } = read_header(&*storage)?;
+        } = header;
         let index = Index::new(capacity / CLUSTER);
-        load_index(&*storage, &index, data_start(capacity))?;
+        load_index(&*storage, &index, index_end(capacity))?;
         Ok(Self {
             storage,
             index,
             capacity,
+            data,
             id,
             parent,
             flushing: Mutex::new(false),
@@ -248,7 +270,7 @@ impl DiskLayer {
 
     /// The place of a byte of the disk in the file.
     pub(super) fn at(&self, offset: u64) -> u64 {
-        data_start(self.capacity) + offset
+        self.data + offset
     }
 
     /// The place of a range of the disk in the file.

@@ -304,7 +304,7 @@ fn unsuitable_files_are_refused() {
     };
     assert!(damaged(100, b"").is_ok());
     assert!(matches!(damaged(0, b"X"), Err(LayerError::Format(_))));
-    assert!(matches!(damaged(8, &[2]), Err(LayerError::Version(2))));
+    assert!(matches!(damaged(8, &[3]), Err(LayerError::Version(3))));
     assert!(matches!(damaged(12, &[1]), Err(LayerError::Format(_))));
     assert!(matches!(damaged(16, &[1]), Err(LayerError::Capacity(_))));
     assert!(matches!(
@@ -320,6 +320,31 @@ fn unsuitable_files_are_refused() {
     DiskLayer::create(short.try_clone().unwrap(), id(1), None, CAPACITY).unwrap();
     short.set_len(CAPACITY).unwrap();
     assert!(matches!(DiskLayer::open(short), Err(LayerError::Format(_))));
+}
+
+/// In which the clusters follow the index at once.
+#[test]
+fn a_layer_of_version_1_is_read_and_written() {
+    let memory = memory();
+    let disk = single(CAPACITY);
+    write(&disk, &memory, &[7; 4096], 5 * CLUSTER);
+    disk.flush().unwrap();
+    // A header, a leaf, and the clusters.
+    let old = file();
+    old.set_len(2 * CLUSTER + CAPACITY).unwrap();
+    let mut head = [0; 2 * CLUSTER as usize];
+    disk.top.storage.load(&mut head, 0).unwrap();
+    head[8] = 1;
+    old.write_all_at(&head, 0).unwrap();
+    old.write_all_at(&[7; 4096], 7 * CLUSTER).unwrap();
+    for value in [7, 9] {
+        let layer = DiskLayer::open(old.try_clone().unwrap()).unwrap();
+        let disk = LayeredDisk::new(vec![layer]).unwrap();
+        assert_eq!(read(&disk, &memory, 5 * CLUSTER, 4096), [value; 4096]);
+        write(&disk, &memory, &[9; 4096], 5 * CLUSTER);
+    }
+    old.set_len(2 * CLUSTER + CAPACITY - 1).unwrap();
+    assert!(matches!(DiskLayer::open(old), Err(LayerError::Format(_))));
 }
 
 #[test]

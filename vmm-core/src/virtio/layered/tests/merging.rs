@@ -109,7 +109,7 @@ fn a_merged_layer_is_durable_when_it_is_complete() {
         .iter()
         .filter(|operation| matches!(operation, Operation::Sync));
     assert_eq!(syncs.count(), 2, "of the data, and of the index");
-    let mut bytes = vec![0; 2 << 20];
+    let mut bytes = vec![0; 4 << 20];
     log.iter().for_each(|operation| operation.apply(&mut bytes));
     let merged = DiskLayer::open_on(Box::new(Recorded::holding(bytes))).unwrap();
     let fewer = disk.with_merged(merged).unwrap();
