@@ -534,3 +534,27 @@ fn a_queue_may_be_small() {
     block.read_config(12, &mut bytes);
     assert_eq!(u32::from_le_bytes(bytes), 62);
 }
+
+/// The index of a layer is written by a flush only.
+#[test]
+fn flushes_of_a_disk_that_nobody_uses_later_do_nothing() {
+    for ignore in [false, true] {
+        let file = tempfile::tempfile().unwrap();
+        let layer = DiskLayer::create(file.try_clone().unwrap(), [1; 16], None, 1 << 20).unwrap();
+        let disk = Disk::layered(LayeredDisk::new(vec![layer]).unwrap());
+        let block = |disk| Block::new(disk, Access::ReadWrite, "a-disk").ignore_flushes(ignore);
+        let mut bench = bench_of(MEMORY, block, disk);
+        let data = [span(DATA, 4096)];
+        bench.put(DATA, &[7; 4096]);
+        assert_eq!(bench.request(OUT, 0, &data, &[]), (OK, 0));
+        assert_eq!(bench.request(FLUSH, 0, &[], &[]), (OK, 0));
+        let again = DiskLayer::open(file.try_clone().unwrap()).unwrap();
+        let again = LayeredDisk::new(vec![again]).unwrap();
+        assert_eq!(again.is_unchanged(), ignore);
+        // A snapshot of the machine makes it durable itself.
+        let disk = Arc::clone(bench.block.lock().unwrap().disk());
+        disk.flush().unwrap();
+        let again = LayeredDisk::new(vec![DiskLayer::open(file).unwrap()]).unwrap();
+        assert!(!again.is_unchanged());
+    }
+}

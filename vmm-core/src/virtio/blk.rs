@@ -22,7 +22,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use self::request::{Outcome, Status, answer, parse};
+use self::request::{Operation, Outcome, Status, answer, parse};
 use self::worker::{FinishedRequest, Job, Workers};
 use super::disk::{Disk, SECTOR};
 use super::layered::LayeredDisk;
@@ -96,6 +96,7 @@ pub struct Block {
     queues: Vec<Queue>,
     queue_sizes: [u16; 1],
     no_space: Option<NoSpaceCallback>,
+    ignores_flushes: bool,
 }
 
 /// Called on the event loop when a request is held.
@@ -118,6 +119,7 @@ impl Block {
             queues: Vec::new(),
             queue_sizes: QUEUE_SIZES,
             no_space: None,
+            ignores_flushes: false,
         }
     }
 
@@ -135,6 +137,14 @@ impl Block {
     #[must_use]
     pub fn hold_without_space(mut self, notify: impl Fn() + Send + 'static) -> Self {
         self.no_space = Some(Box::new(notify));
+        self
+    }
+
+    /// Sets whether flushes do nothing: for a disk that nobody uses after the machine. A crash
+    /// of the host may lose any part of it.
+    #[must_use]
+    pub fn ignore_flushes(mut self, ignore: bool) -> Self {
+        self.ignores_flushes = ignore;
         self
     }
 
@@ -212,6 +222,7 @@ impl Block {
             disk: &self.disk,
             id: &self.id,
             no_space: self.no_space.as_deref(),
+            ignores_flushes: self.ignores_flushes,
             active,
             queue,
         };
@@ -229,6 +240,7 @@ struct Service<'a> {
     disk: &'a Arc<Disk>,
     id: &'a [u8; ID_LEN],
     no_space: Option<&'a (dyn Fn() + Send)>,
+    ignores_flushes: bool,
     active: &'a mut ActiveBlock,
     queue: &'a mut Queue,
 }
@@ -242,6 +254,7 @@ impl Service<'_> {
         while self.queue.pop(&self.active.memory, &mut chain)? {
             let memory = &self.active.memory;
             let outcome = match parse(memory, &chain) {
+                Ok(Operation::Flush) if self.ignores_flushes => Ok(0),
                 Ok(operation) => match operation.try_now(memory, self.disk, self.id, &chain) {
                     Some(outcome) => outcome,
                     None => {

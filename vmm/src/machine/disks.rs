@@ -6,7 +6,7 @@ use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOTS_VOLUMES};
 use sm_vmm_core::virtio::disk::{Disk, FileSegment};
 
 use super::failed;
-use super::writable::{self, Insertion, VolumeMount, WritableDisk};
+use super::writable::{self, DiskEnd, Insertion, VolumeMount, WritableDisk};
 use crate::disks::{DiskDirectory, Templates};
 use crate::environment::{VmRecord, VmmEnvironment};
 use crate::failure::StartFailure;
@@ -44,7 +44,8 @@ pub(super) fn changes(
     };
     let no_space = move || events.send(SupervisorEvent::NoSpace);
     let slot = SLOT_DATA_DISK;
-    Ok(WritableDisk::new(slot, directory, insertion, no_space))
+    let end = DiskEnd::of_record(&request.config);
+    Ok(WritableDisk::new(slot, directory, insertion, end, no_space))
 }
 
 /// Returns the disks of volumes, in the order of the request's mounts, and those without a
@@ -72,6 +73,7 @@ pub(super) fn volumes(
             MountSource::Host { .. } | MountSource::Tmpfs { .. } => None,
         });
     let templates = Templates::new(&request.data);
+    let end = DiskEnd::of_record(&request.config);
     let mut disks = Vec::new();
     for slot in SLOTS_VOLUMES {
         let events = events.clone();
@@ -86,13 +88,13 @@ pub(super) fn volumes(
             (Some(layers), _) => {
                 let disk = directory.remove().and_then(|()| directory.create(&layers));
                 let disk = disk.map_err(failed("use a disk of the snapshot"))?;
-                WritableDisk::new(slot, directory, Insertion::Now(disk), no_space)
+                WritableDisk::new(slot, directory, Insertion::Now(disk), end, no_space)
             }
             (None, Some(volume)) => {
-                let vm = &request.config.name;
-                WritableDisk::of_volume(slot, &volume, record, vm, &templates, no_space)?
+                let config = &request.config;
+                WritableDisk::of_volume(slot, &volume, record, config, &templates, no_space)?
             }
-            (None, None) => WritableDisk::new(slot, directory, Insertion::Never, no_space),
+            (None, None) => WritableDisk::new(slot, directory, Insertion::Never, end, no_space),
         });
     }
     if wanted.next().is_some() {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use sm_control::config::LaunchConfig;
 use sm_control::with_causes;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::SLOT_DATA_DISK;
@@ -71,6 +72,26 @@ pub(super) struct VolumeMount<'a> {
     pub(super) read_only: bool,
 }
 
+/// The end of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DiskEnd {
+    /// It stays when the VM has ended.
+    Kept,
+    /// It is removed with the VM, so the guest's flushes need not reach the device: a host
+    /// that crashes ends the VM, too. (Snapshots make their layers durable themselves.)
+    Removed,
+}
+
+impl DiskEnd {
+    /// Returns the end of the disks in the record of a VM.
+    pub(super) fn of_record(config: &LaunchConfig) -> Self {
+        match config.auto_remove {
+            true => Self::Removed,
+            false => Self::Kept,
+        }
+    }
+}
+
 /// A disk from the start on, one that is inserted later, or none.
 pub(super) enum Insertion {
     Never,
@@ -84,6 +105,7 @@ impl WritableDisk {
         slot: u32,
         directory: DiskDirectory,
         insertion: Insertion,
+        end: DiskEnd,
         no_space: impl Fn() + Send + 'static,
     ) -> Self {
         let (now, waiting, restored) = match insertion {
@@ -100,6 +122,7 @@ impl WritableDisk {
         };
         let block = Block::new(now, Access::ReadWrite, &name)
             .queue_size(queue)
+            .ignore_flushes(end == DiskEnd::Removed)
             .hold_without_space(no_space);
         Self {
             slot,
@@ -119,7 +142,7 @@ impl WritableDisk {
         slot: u32,
         mount: &VolumeMount<'_>,
         record: &dyn VmRecord,
-        vm: &str,
+        config: &LaunchConfig,
         templates: &Templates,
         no_space: impl Fn() + Send + 'static,
     ) -> Result<Self, String> {
@@ -128,11 +151,12 @@ impl WritableDisk {
             let template = || templates.get(ANONYMOUS_BYTES);
             let disk = open_or_create(&own, template)
                 .map_err(|error| format!("cannot use the VM's disk: {}", with_causes(&error)))?;
-            return Ok(Self::new(slot, own, Insertion::Later(disk), no_space));
+            let end = DiskEnd::of_record(config);
+            return Ok(Self::new(slot, own, Insertion::Later(disk), end, no_space));
         };
         let (how, access) = match mount.read_only {
             true => (VolumeUse::Read(&own), VolumeAccess::Read),
-            false => (VolumeUse::Write(vm), VolumeAccess::Write),
+            false => (VolumeUse::Write(&config.name), VolumeAccess::Write),
         };
         let name = mount.name;
         let used = volume::open(directory, how)
@@ -148,7 +172,7 @@ impl WritableDisk {
         let later = Insertion::Later(used.disk);
         Ok(Self {
             lock: Some((used.lock, access)),
-            ..Self::new(slot, used.directory, later, no_space)
+            ..Self::new(slot, used.directory, later, DiskEnd::Kept, no_space)
         })
     }
 
