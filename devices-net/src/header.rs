@@ -79,7 +79,8 @@ impl NetHeader {
     }
 
     /// Encodes the header of a frame for the guest, which is in `buffers` receive buffers.
-    pub(crate) fn encode(&self, buffers: u16) -> [u8; HEADER_LEN as usize] {
+    #[must_use]
+    pub fn encode(&self, buffers: u16) -> [u8; HEADER_LEN as usize] {
         // The constants have eight bits.
         let byte = |value: u32| u8::try_from(value).unwrap_or(0);
         let flags = match self.needs_csum {

@@ -11,6 +11,7 @@
 //! | `backend` | the interface between device and network |
 //! | `receive` | frames for the guest, in its receive buffers |
 //! | `header` | the header of each frame |
+//! | `engine` | the network of a process: a gateway to the host's sockets |
 //! | `wire` | headers of Ethernet, ARP, IP, ICMP, UDP and TCP |
 //! | `counters` | counters that any thread reads |
 //! | `saved` | the bytes of the saved state |
@@ -23,6 +24,7 @@ struct Readme;
 mod backend;
 mod counters;
 mod device;
+pub mod engine;
 mod header;
 mod receive;
 mod saved;

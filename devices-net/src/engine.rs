@@ -1,0 +1,410 @@
+//! The network behind the device: connections of the guest end here, and are continued by
+//! sockets of the host.
+//!
+//! [`NetEngine`] is a gateway for one guest. It needs no privileges: each connection, flow of
+//! datagrams or echo request of the guest is one of the host's process, after the
+//! [`EgressPolicy`] has agreed. Behind a virtio-net device it is a
+//! [`NetBackend`](crate::NetBackend); a program with a TAP calls its three methods itself.
+//!
+//! | module | idea |
+//! |---|---|
+//! | `config`, `stats` | addresses and limits; counters |
+//! | `link` | the way from and to the guest |
+//! | `egress` | the decision about each flow |
+//! | `tcp`, `udp`, `echo` | flows |
+//! | `fragments` | packets that come in parts |
+//! | `output`, `answers` | frames for the guest |
+//! | `store`, `table`, `order`, `sequence` | bytes, flows and turns |
+//!
+//! Architecture invariants: memory is bounded by [`EngineLimits`], whatever guest and peers
+//! do; once flows have reached their number, a packet allocates nothing; the guest's headers
+//! are copied once and only the copy is used; no call blocks.
+
+mod answers;
+mod backend;
+mod config;
+mod echo;
+mod egress;
+mod flow;
+mod fragments;
+mod link;
+mod order;
+mod output;
+mod sequence;
+mod socket;
+mod stats;
+mod store;
+mod table;
+mod tcp;
+mod turn;
+mod udp;
+
+use std::net::IpAddr;
+
+use sm_event_loop::{Readiness, Registry, Timer};
+
+use self::answers::Answers;
+use self::echo::Echoes;
+use self::flow::{FlowKey, TokenKind, parse_token, token};
+use self::fragments::Fragments;
+use self::output::{Framer, Output};
+use self::tcp::TcpFlows;
+use self::turn::Turn;
+use self::udp::UdpFlows;
+use crate::wire::{
+    ArpRequest, EtherType, EthernetHeader, HEAD, Head, IcmpEcho, IcmpUnreachable, IpPacket,
+    IpProtocol, MacAddress, MalformedFrame, NeighbourSolicitation, QUOTED_TRANSPORT, TcpSegment,
+    UdpHeader, neighbour_advertisement,
+};
+
+pub use self::backend::EngineBackend;
+pub use self::config::{EngineConfig, EngineLimits};
+pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
+pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
+pub use self::stats::EngineStats;
+
+/// Visits of flows until other handlers of the event loop have their turn.
+const VISITS: usize = 64;
+/// Bytes for the guest until they have.
+const BYTES: u64 = 256 << 10;
+
+/// A gateway for one guest.
+///
+/// All calls of one engine have the registry of one event handler, which passes on events of
+/// tokens for which [`Self::has_token`] is true.
+pub struct NetEngine {
+    config: EngineConfig,
+    policy: Box<dyn EgressPolicy>,
+    stats: EngineStats,
+    answers: Answers,
+    tcp: TcpFlows,
+    udp: UdpFlows,
+    echoes: Echoes,
+    fragments: Fragments,
+    fragments_timer: Option<Timer>,
+    /// Ethernet address of the guest, from its frames.
+    guest: MacAddress,
+}
+
+impl std::fmt::Debug for NetEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NetEngine")
+            .field("config", &self.config)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl NetEngine {
+    /// Creates a gateway, which uses neither descriptors nor memory for flows yet.
+    #[must_use]
+    pub fn new(config: EngineConfig, policy: Box<dyn EgressPolicy>) -> Self {
+        Self {
+            config,
+            policy,
+            stats: EngineStats::default(),
+            answers: Answers::default(),
+            tcp: TcpFlows::new(config.limits),
+            udp: UdpFlows::new(config.limits),
+            echoes: Echoes::new(config.limits),
+            fragments: Fragments::new(config.limits),
+            fragments_timer: None,
+            guest: MacAddress::BROADCAST,
+        }
+    }
+
+    /// Returns true for tokens of an engine's descriptors and timers.
+    #[must_use]
+    pub fn has_token(token: u64) -> bool {
+        parse_token(token).is_some()
+    }
+
+    /// Returns the counters.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            tcp_flows: self.tcp.len() as u64,
+            udp_flows: self.udp.len() as u64,
+            ..self.stats
+        }
+    }
+
+    fn turn<'a>(&'a mut self, registry: &'a mut dyn Registry) -> (Turn<'a>, Flows<'a>) {
+        let now = registry.now();
+        let turn = Turn {
+            config: &self.config,
+            policy: &mut *self.policy,
+            stats: &mut self.stats,
+            answers: &mut self.answers,
+            registry,
+            guest: self.guest,
+            now,
+        };
+        let flows = Flows {
+            tcp: &mut self.tcp,
+            udp: &mut self.udp,
+            echoes: &mut self.echoes,
+        };
+        (turn, flows)
+    }
+
+    /// Takes a frame of the guest. What it causes to be sent to the guest is sent by
+    /// [`Self::serve`].
+    pub fn guest_frame(&mut self, frame: &dyn GuestFrame, registry: &mut dyn Registry) {
+        self.stats.frames_from_guest += 1;
+        self.stats.bytes_from_guest += frame.len() as u64;
+        let mut head = [0; HEAD];
+        let len = frame.len().min(HEAD);
+        let Some(head) = head.get_mut(..len).filter(|head| !head.is_empty()) else {
+            self.stats.malformed += 1;
+            return;
+        };
+        if !frame.copy_out(0, head) || self.parse(head, frame, registry).is_err() {
+            self.stats.malformed += 1;
+        }
+    }
+
+    fn parse(
+        &mut self,
+        head: &[u8],
+        frame: &dyn GuestFrame,
+        registry: &mut dyn Registry,
+    ) -> Result<(), MalformedFrame> {
+        let (ethernet, content) = EthernetHeader::parse(head)?;
+        if ethernet.source.is_unicast() {
+            self.guest = ethernet.source;
+        }
+        if ethernet.ether_type == EtherType::ARP {
+            if let Some(request) = ArpRequest::parse(content)?
+                && request.target_ip == self.config.gateway_v4
+            {
+                self.answers.push(request.reply(self.config.gateway_mac));
+            }
+            return Ok(());
+        }
+        let Some(packet) = IpPacket::parse(ethernet.ether_type, head, frame.len())? else {
+            self.stats.unsupported += 1;
+            return Ok(());
+        };
+        let transport = head.get(packet.offset..).unwrap_or_default();
+        if let Some(solicitation) = NeighbourSolicitation::parse(&packet, transport)? {
+            self.solicited(&packet, &solicitation, &ethernet);
+            return Ok(());
+        }
+        if packet.source != self.config.guest(packet.source)
+            || !is_reachable(packet.destination)
+            || self.config.is_guest(packet.destination)
+        {
+            self.stats.misaddressed += 1;
+            return Ok(());
+        }
+        if packet.fragment.is_some() {
+            return self.fragment(&packet, frame, registry);
+        }
+        let (mut turn, mut flows) = self.turn(registry);
+        flows.packet(&mut turn, &packet, transport, frame)
+    }
+
+    /// Answers the question for the gateway's IPv6 address.
+    fn solicited(
+        &mut self,
+        packet: &IpPacket,
+        solicitation: &NeighbourSolicitation,
+        ethernet: &EthernetHeader,
+    ) {
+        let IpAddr::V6(source) = packet.source else {
+            return;
+        };
+        if solicitation.target != self.config.gateway_v6 {
+            return;
+        }
+        let all_nodes = std::net::Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+        let receiver = if source.is_unspecified() {
+            all_nodes
+        } else {
+            source
+        };
+        let owner = self.config.gateway_mac;
+        let head = neighbour_advertisement(owner, solicitation.target, ethernet.source, receiver);
+        self.answers.push(head);
+    }
+
+    fn fragment(
+        &mut self,
+        packet: &IpPacket,
+        frame: &dyn GuestFrame,
+        registry: &mut dyn Registry,
+    ) -> Result<(), MalformedFrame> {
+        let now = registry.now();
+        let Ok(whole) = self.fragments.add(packet, frame, now) else {
+            self.stats.fragments_dropped += 1;
+            return Ok(());
+        };
+        if self.fragments_timer.is_none()
+            && let Some(at) = self.fragments.expire(now)
+        {
+            let token = token(TokenKind::Fragments, 0);
+            self.fragments_timer = Some(registry.set_timer(at, token));
+        }
+        let Some(whole) = whole else {
+            return Ok(());
+        };
+        self.stats.reassembled += 1;
+        let head = whole.bytes.get(..HEAD).unwrap_or(&whole.bytes);
+        let (mut turn, mut flows) = self.turn(registry);
+        let result = flows.packet(&mut turn, &whole.packet, head, &whole.bytes.as_slice());
+        self.fragments.recycle(whole);
+        result
+    }
+
+    /// Processes an event of a descriptor, a timer, or a further turn. [`Self::serve`] is to be
+    /// called afterwards.
+    pub fn host_ready(&mut self, token: u64, readiness: Readiness, registry: &mut dyn Registry) {
+        let Some((kind, slot)) = parse_token(token) else {
+            return;
+        };
+        if kind == TokenKind::Fragments {
+            self.fragments_timer = None;
+            if let Some(at) = self.fragments.expire(registry.now()) {
+                self.fragments_timer = Some(registry.set_timer(at, token));
+            }
+            return;
+        }
+        let (mut turn, flows) = self.turn(registry);
+        match kind {
+            TokenKind::Tcp => flows.tcp.host_ready(&mut turn, slot, readiness),
+            TokenKind::TcpTimer => flows.tcp.timer(&mut turn, slot),
+            TokenKind::Udp => flows.udp.host_ready(slot, readiness),
+            TokenKind::UdpTimer => flows.udp.timer(&mut turn),
+            TokenKind::Echo => flows.echoes.host_ready(slot),
+            TokenKind::EchoTimer => flows.echoes.timer(&mut turn),
+            TokenKind::Serve | TokenKind::Fragments => {}
+        }
+    }
+
+    /// Sends to the guest until there is nothing to send, the link is full, or others should
+    /// have their turn; the registry then calls again with a token of the engine.
+    pub fn serve(&mut self, link: &mut dyn GuestLink, registry: &mut dyn Registry) {
+        if self.send_all(link, registry) == Ok(true) {
+            registry.call_again(token(TokenKind::Serve, 0));
+        }
+    }
+
+    /// Returns true if there is more to send.
+    fn send_all(
+        &mut self,
+        link: &mut dyn GuestLink,
+        registry: &mut dyn Registry,
+    ) -> Result<bool, LinkFull> {
+        let start = self.stats.bytes_to_guest;
+        let mut output = Output {
+            link,
+            framer: Framer {
+                config: &self.config,
+                guest: self.guest,
+            },
+            stats: &mut self.stats,
+            now: registry.now(),
+        };
+        for _ in 0..VISITS {
+            self.answers.serve(&mut output)?;
+            let tcp = self.tcp.serve(&mut output, &mut self.answers, registry)?;
+            let udp = self.udp.serve(&mut output, &mut self.answers)?;
+            let echoes = self.echoes.serve(&mut output)?;
+            if !(tcp || udp || echoes) {
+                self.answers.serve(&mut output)?;
+                return Ok(false);
+            }
+            if output.stats.bytes_to_guest - start >= BYTES {
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    /// A segment that belongs to no flow of this engine.
+    fn stray(&self, key: &FlowKey, segment: &TcpSegment) -> Head {
+        let framer = Framer {
+            config: &self.config,
+            guest: self.guest,
+        };
+        framer.stray_segment(key, segment)
+    }
+
+    /// Ends all flows. Without a registry the event loop has ended.
+    pub fn reset(&mut self, mut registry: Option<&mut (dyn Registry + '_)>) {
+        self.answers.clear();
+        self.fragments.clear();
+        self.tcp.clear(registry.as_deref_mut());
+        self.udp.clear(registry.as_deref_mut());
+        self.echoes.clear(registry.as_deref_mut());
+        if let (Some(registry), Some(timer)) = (registry, self.fragments_timer.take()) {
+            registry.cancel_timer(timer);
+        }
+    }
+}
+
+/// Returns true for addresses of one host.
+fn is_reachable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_multicast() && !address.is_broadcast(),
+        IpAddr::V6(address) => !address.is_multicast(),
+    }
+}
+
+/// The flows of an engine, during one call.
+struct Flows<'a> {
+    tcp: &'a mut TcpFlows,
+    udp: &'a mut UdpFlows,
+    echoes: &'a mut Echoes,
+}
+
+impl Flows<'_> {
+    /// Processes a packet that is complete. `transport` is the beginning of its content.
+    fn packet(
+        &mut self,
+        turn: &mut Turn<'_>,
+        packet: &IpPacket,
+        transport: &[u8],
+        frame: &dyn GuestFrame,
+    ) -> Result<(), MalformedFrame> {
+        let ends = |source, destination| {
+            FlowKey::new((packet.source, source), (packet.destination, destination))
+        };
+        let quoted = transport.first_chunk::<QUOTED_TRANSPORT>().copied();
+        let quoted = quoted.ok_or(MalformedFrame::Truncated)?;
+        if packet.hops <= 1 && !turn.config.is_gateway(packet.destination) {
+            let (guest, remote) = (packet.source, packet.destination);
+            turn.unreachable(
+                IcmpUnreachable::HopLimit,
+                guest,
+                remote,
+                packet.protocol,
+                quoted,
+            );
+            return Ok(());
+        }
+        match packet.protocol {
+            IpProtocol::TCP => {
+                let segment = TcpSegment::parse(transport, packet.len)?;
+                let key = ends(segment.source, segment.destination);
+                let payload = packet.offset + segment.header_len;
+                self.tcp.receive(turn, key, &segment, frame, payload);
+            }
+            IpProtocol::UDP => {
+                let (header, len) = UdpHeader::parse(transport, packet.len)?;
+                let key = ends(header.source.get(), header.destination.get());
+                let payload = (packet.offset + UdpHeader::LEN, len);
+                self.udp.receive(turn, key, &header, frame, payload);
+            }
+            protocol => match IcmpEcho::parse(protocol, transport, packet.len) {
+                Some(echo) => {
+                    let payload = (packet.offset + IcmpEcho::LEN, quoted);
+                    self.echoes.receive(turn, ends(0, 0), echo, frame, payload);
+                }
+                None => turn.stats.unsupported += 1,
+            },
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,87 @@
+//! Names of flows.
+
+use std::net::{IpAddr, SocketAddr};
+
+/// The ends of a flow, as the guest sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FlowKey {
+    pub(crate) guest: SocketAddr,
+    pub(crate) remote: SocketAddr,
+}
+
+impl FlowKey {
+    pub(crate) fn new(guest: (IpAddr, u16), remote: (IpAddr, u16)) -> Self {
+        Self {
+            guest: guest.into(),
+            remote: remote.into(),
+        }
+    }
+
+    pub(crate) fn is_v6(&self) -> bool {
+        self.guest.is_ipv6()
+    }
+}
+
+/// Kinds of tokens that an engine registers with the event loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TokenKind {
+    /// A host socket of a TCP flow.
+    Tcp,
+    /// The timer of a TCP flow.
+    TcpTimer,
+    /// TCP flows that are served in another turn.
+    Serve,
+    /// A host socket of a UDP flow.
+    Udp,
+    /// The timer of all UDP flows.
+    UdpTimer,
+    /// The socket of an echo request.
+    Echo,
+    /// The timer of all echo requests.
+    EchoTimer,
+    /// The timer of fragments.
+    Fragments,
+}
+
+/// Bit of all tokens of engines, among those of backends.
+const ENGINE: u64 = 1 << 61;
+const KINDS: [TokenKind; 8] = [
+    TokenKind::Tcp,
+    TokenKind::TcpTimer,
+    TokenKind::Serve,
+    TokenKind::Udp,
+    TokenKind::UdpTimer,
+    TokenKind::Echo,
+    TokenKind::EchoTimer,
+    TokenKind::Fragments,
+];
+
+/// Returns the token of a slot.
+pub(crate) fn token(kind: TokenKind, slot: u32) -> u64 {
+    ENGINE | (kind as u64) << 32 | u64::from(slot)
+}
+
+/// Returns the kind and the slot of a token; `None` if it is not an engine's.
+pub(crate) fn parse_token(token: u64) -> Option<(TokenKind, u32)> {
+    let kind = (token & !ENGINE) >> 32;
+    let kind = *KINDS.get(usize::try_from(kind).ok()?)?;
+    // The lower half.
+    let slot = u32::try_from(token & u64::from(u32::MAX)).ok()?;
+    (token & ENGINE != 0).then_some((kind, slot))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_parsed_as_they_were_made() {
+        for kind in KINDS {
+            for slot in [0, 7, u32::MAX] {
+                assert_eq!(parse_token(token(kind, slot)), Some((kind, slot)));
+            }
+        }
+        assert_eq!(parse_token(7), None);
+        assert_eq!(parse_token(ENGINE | 99 << 32), None);
+    }
+}

@@ -1,0 +1,93 @@
+//! Host sockets of flows.
+
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, connect, sendmsg,
+    socket_with, sockopt,
+};
+
+use crate::wire::IcmpUnreachable;
+
+/// Meaning of a socket's error for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The peer has no such port, or has reset the connection.
+    Refused,
+    /// The guest is notified of this.
+    Unreachable(IcmpUnreachable),
+    /// The host lacks something that it may have later.
+    Resources,
+}
+
+impl Failure {
+    pub(crate) fn of(error: Errno) -> Self {
+        match error {
+            Errno::CONNREFUSED | Errno::CONNRESET | Errno::CONNABORTED => Self::Refused,
+            Errno::NETUNREACH | Errno::NETDOWN | Errno::AFNOSUPPORT => {
+                Self::Unreachable(IcmpUnreachable::Network)
+            }
+            Errno::ACCESS | Errno::PERM => Self::Unreachable(IcmpUnreachable::Prohibited),
+            Errno::MFILE
+            | Errno::NFILE
+            | Errno::NOBUFS
+            | Errno::NOMEM
+            | Errno::AGAIN
+            | Errno::NOSPC => Self::Resources,
+            _ => Self::Unreachable(IcmpUnreachable::Host),
+        }
+    }
+
+    /// The same for an error of another part of the program.
+    pub(crate) fn of_io(error: &io::Error) -> Self {
+        Errno::from_io_error(error).map_or(Self::Resources, Self::of)
+    }
+}
+
+fn family(address: SocketAddr) -> AddressFamily {
+    match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+fn open(address: SocketAddr, kind: SocketType) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(family(address), kind, flags, None)
+}
+
+/// Starts to connect a TCP socket. It becomes writable when it is connected.
+pub(crate) fn connect_stream(address: SocketAddr) -> Result<OwnedFd, Errno> {
+    let socket = open(address, SocketType::STREAM)?;
+    // The guest has decided about the size of its segments; waiting costs 40 ms.
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    // Urgent data is data (RFC 6093).
+    sockopt::set_socket_oobinline(&socket, true)?;
+    match connect(&socket, &address) {
+        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket),
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens a UDP socket for one peer.
+pub(crate) fn connect_datagram(address: SocketAddr) -> Result<OwnedFd, Errno> {
+    let socket = open(address, SocketType::DGRAM)?;
+    connect(&socket, &address)?;
+    Ok(socket)
+}
+
+/// Sends bytes to a stream, as many as it accepts.
+pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    rustix::io::retry_on_intr(|| {
+        let mut control = SendAncillaryBuffer::default();
+        sendmsg(socket, bytes, &mut control, SendFlags::NOSIGNAL)
+    })
+}
+
+/// Takes the error of a socket.
+pub(crate) fn take_error(socket: &OwnedFd) -> Result<(), Errno> {
+    sockopt::socket_error(socket.as_fd())?
+}

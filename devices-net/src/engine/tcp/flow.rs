@@ -1,0 +1,191 @@
+//! One TCP flow.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::Shutdown;
+use sm_event_loop::{Registered, Registry, Timer};
+
+use super::super::flow::{FlowKey, TokenKind, token};
+use super::super::link::GuestFrame;
+use super::super::socket;
+use super::super::store::{ByteQueue, ChunkStore, Cursor};
+use super::super::table::Keyed;
+use super::control::Control;
+
+/// Time until segments are sent again at first, and at most.
+const RETRY: Duration = Duration::from_millis(200);
+const MAX_RETRY: Duration = Duration::from_secs(3);
+/// Smallest window of a flow without a backlog.
+const MIN_ROOM: u32 = 16 << 10;
+/// Parts of the backlog that one call sends.
+const SLICES: usize = 16;
+
+/// State of a flow's host socket.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Host {
+    pub(super) connected: bool,
+    /// It may have bytes.
+    pub(super) readable: bool,
+    /// The peer has sent all, and some of it may be unread.
+    pub(super) hangup: bool,
+    /// The peer has sent urgent data, at which a read may end early.
+    pub(super) urgent: bool,
+    /// All bytes of the peer have been read.
+    pub(super) ended: bool,
+    /// The end of the guest's bytes has been passed on.
+    pub(super) shut: bool,
+    /// It cannot send any more.
+    pub(super) failed: bool,
+    /// It probes its peer.
+    pub(super) keepalive: bool,
+}
+
+/// One TCP flow.
+pub(super) struct TcpFlow {
+    pub(super) key: FlowKey,
+    pub(super) socket: Registered<OwnedFd>,
+    pub(super) control: Control,
+    pub(super) host: Host,
+    /// Bytes of the peer that the guest has not acknowledged.
+    pub(super) to_guest: ByteQueue,
+    /// Position of the next of these to send.
+    pub(super) sent: Cursor,
+    /// Bytes of the guest that the host socket has not accepted.
+    pub(super) to_host: ByteQueue,
+    /// The guest has acknowledged the end of the peer's bytes.
+    pub(super) end_acknowledged: bool,
+    /// Number of acknowledgments that the guest gets.
+    pub(super) acknowledgments: u8,
+    /// Number of times that the first unacknowledged segment was sent again.
+    pub(super) tries: u8,
+    /// Time at which it is sent again.
+    pub(super) deadline: Option<Instant>,
+    /// A timer that is due at the deadline, or before it.
+    pub(super) timer: Option<Timer>,
+}
+
+impl Keyed for TcpFlow {
+    fn key(&self) -> &FlowKey {
+        &self.key
+    }
+}
+
+impl TcpFlow {
+    pub(super) fn new(
+        key: FlowKey,
+        socket: Registered<OwnedFd>,
+        control: Control,
+        to_guest: ByteQueue,
+    ) -> Self {
+        Self {
+            key,
+            socket,
+            control,
+            host: Host::default(),
+            sent: to_guest.start(),
+            to_guest,
+            to_host: ByteQueue::default(),
+            end_acknowledged: false,
+            acknowledgments: 0,
+            tries: 0,
+            deadline: None,
+            timer: None,
+        }
+    }
+
+    /// Returns true if a FIN follows the stored bytes.
+    pub(super) fn ends(&self) -> bool {
+        self.host.ended && !self.end_acknowledged
+    }
+
+    /// Returns true if both sides have ended, and nothing is left to send.
+    pub(super) fn is_over(&self) -> bool {
+        self.host.shut && self.end_acknowledged && self.acknowledgments == 0
+    }
+
+    /// Sets the time for sending again, unless it is set.
+    pub(super) fn arm(&mut self, slot: u32, now: Instant, registry: &mut dyn Registry) {
+        let wait = RETRY.saturating_mul(1 << self.tries.min(4)).min(MAX_RETRY);
+        let at = *self.deadline.get_or_insert(now + wait);
+        // An earlier timer sets the next one when it is due: one for many segments.
+        if let Some(timer) = self.timer {
+            if timer.at() <= at {
+                return;
+            }
+            registry.cancel_timer(timer);
+        }
+        self.timer = Some(registry.set_timer(at, token(TokenKind::TcpTimer, slot)));
+    }
+
+    /// Room for bytes of the guest. A host socket that has accepted all is expected to accept
+    /// some more: it has a window also if the store is full.
+    pub(super) fn room(&self, store: &ChunkStore, most: u32) -> u32 {
+        let least = if self.to_host.is_empty() { MIN_ROOM } else { 0 };
+        store.share(&self.to_host, most).max(least.min(most))
+    }
+
+    /// Sends `len` bytes of a frame to the host socket, and stores what it does not accept;
+    /// returns the number of bytes that were sent or stored.
+    pub(super) fn send_host(
+        &mut self,
+        store: &mut ChunkStore,
+        frame: &dyn GuestFrame,
+        offset: usize,
+        len: u32,
+    ) -> u32 {
+        // Bytes for a socket that cannot send are of no use, and the guest gets a reset.
+        if self.host.failed {
+            return len;
+        }
+        let mut done = 0;
+        while self.to_host.is_empty() && done < len {
+            let (at, rest) = (offset + done as usize, (len - done) as usize);
+            match frame.send(at, rest, self.socket.as_fd()) {
+                // At most `rest`.
+                Ok(sent) => done += u32::try_from(sent).unwrap_or(0),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    self.host.failed = true;
+                    return len;
+                }
+            }
+        }
+        done + (self.to_host).push(store, frame, offset + done as usize, len - done)
+    }
+
+    /// Sends the backlog as far as the host socket accepts it; returns true if it is empty.
+    ///
+    /// # Errors
+    /// The socket cannot send any more.
+    pub(super) fn flush_host(&mut self, store: &mut ChunkStore) -> Result<bool, Errno> {
+        while !self.to_host.is_empty() {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let start = self.to_host.start();
+            let (_, count, _) = self.to_host.slices(store, start, u32::MAX, &mut slices);
+            match socket::send(self.socket.as_fd(), &slices[..count]) {
+                Ok(sent) => {
+                    let sent = u32::try_from(sent).unwrap_or(u32::MAX);
+                    self.to_host.consume(store, sent);
+                }
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Passes on the end of the guest's bytes, if it has come and they are sent.
+    ///
+    /// # Errors
+    /// The connection of the host socket does not exist any more.
+    pub(super) fn finish_host(&mut self) -> Result<(), Errno> {
+        if self.control.guest_ended && self.to_host.is_empty() && !self.host.shut {
+            rustix::net::shutdown(&*self.socket, Shutdown::Write)?;
+            self.host.shut = true;
+        }
+        Ok(())
+    }
+}

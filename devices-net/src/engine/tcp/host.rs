@@ -1,0 +1,86 @@
+//! Events of host sockets and timers.
+
+use sm_event_loop::Readiness;
+
+use super::super::socket::take_error;
+use super::super::turn::Turn;
+use super::control::Phase;
+use super::{TcpFlows, fail, failure};
+
+/// Number of times that segments are sent again until the guest is taken for dead: five
+/// minutes, in which it may have been paused.
+const MAX_TRIES: u8 = 100;
+
+impl TcpFlows {
+    /// Processes an event of a host socket.
+    pub(crate) fn host_ready(&mut self, turn: &mut Turn<'_>, slot: u32, readiness: Readiness) {
+        let Some(flow) = self.table.get_mut(slot) else {
+            return;
+        };
+        if !flow.host.connected && !self.connected(turn, slot, readiness) {
+            return;
+        }
+        let Some(flow) = self.table.get_mut(slot) else {
+            return;
+        };
+        flow.host.hangup |= readiness.hangup || readiness.closed || readiness.error;
+        flow.host.readable |= readiness.readable || flow.host.hangup;
+        flow.host.urgent |= readiness.priority;
+        flow.host.failed |= readiness.error;
+        if readiness.writable && !flow.host.failed && !flow.to_host.is_empty() {
+            let flushed = flow.flush_host(&mut self.store);
+            if flushed.and_then(|_| flow.finish_host()).is_err() {
+                self.host_failed(slot);
+            }
+        }
+        self.ready.push_back(slot);
+    }
+
+    /// Returns true if the host socket has connected; ends the flow if it has failed to.
+    fn connected(&mut self, turn: &mut Turn<'_>, slot: u32, readiness: Readiness) -> bool {
+        let Some(flow) = self.table.get_mut(slot) else {
+            return false;
+        };
+        match take_error(&flow.socket) {
+            Ok(()) if readiness.writable => {
+                flow.host.connected = true;
+                self.connecting -= 1;
+                turn.stats.tcp_connected += 1;
+                true
+            }
+            Ok(()) => false,
+            Err(error) => {
+                let key = flow.key;
+                let sequence = flow.control.receive_next.wrapping_sub(1);
+                turn.stats.tcp_failed += 1;
+                self.remove(turn.registry, slot);
+                fail(turn, &key, sequence, failure(error));
+                false
+            }
+        }
+    }
+
+    /// Processes a timer.
+    pub(crate) fn timer(&mut self, turn: &mut Turn<'_>, slot: u32) {
+        let Some(flow) = self.table.get_mut(slot) else {
+            return;
+        };
+        flow.timer = None;
+        let Some(deadline) = flow.deadline else {
+            return;
+        };
+        if turn.now < deadline {
+            return flow.arm(slot, turn.now, turn.registry);
+        }
+        flow.deadline = None;
+        flow.tries = flow.tries.saturating_add(1);
+        if flow.tries > MAX_TRIES {
+            return self.abort(turn.registry, turn.answers, slot, turn.config, turn.guest);
+        }
+        turn.stats.tcp_retransmissions += 1;
+        flow.control.rewind();
+        flow.sent = flow.to_guest.start();
+        flow.control.probe = flow.control.phase == Phase::Open;
+        self.ready.push_back(slot);
+    }
+}
