@@ -122,7 +122,7 @@ mod tests {
             version: 1,
             payload: vec![1, 2, 3],
         };
-        let capture = Capture::begin(&store, &memory.guest, Ancestry::Booted).unwrap();
+        let capture = Capture::begin(&store, &memory, Ancestry::Booted).unwrap();
         capture
             .finish(&store, "warm", description, vec![section])
             .unwrap();

@@ -11,14 +11,14 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use rustix::fs::{FlockOperation, flock};
-use vm_memory::GuestMemoryMmap;
+use sm_vmm_core::memory::MachineMemory;
 
 use crate::Error;
 use crate::chain::{Chain, MAX_DEPTH, MAX_PIECES, MEMORY_SECTION};
 use crate::cpu::CpuFeatures;
 use crate::extents::{ExtentKind, MemoryIndex, PAGE};
 use crate::manifest::{DeviceEntry, FORMAT, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
-use crate::memory_file::{self, Base};
+use crate::memory_file::{self, Base, ChangedPages};
 use crate::pagemap;
 use crate::runs::{self, Run};
 use crate::state_file::{Section, StateFile};
@@ -118,7 +118,7 @@ impl Capture {
     /// removed.
     pub fn begin(
         store: &SnapshotStore,
-        memory: &GuestMemoryMmap,
+        memory: &MachineMemory,
         ancestry: Ancestry<'_>,
     ) -> Result<Self, Error> {
         Self::begin_cancellable(store, memory, ancestry, &AtomicBool::new(false))
@@ -132,7 +132,7 @@ impl Capture {
     /// As [`Self::begin`], and [`Error::Cancelled`].
     pub fn begin_cancellable(
         store: &SnapshotStore,
-        memory: &GuestMemoryMmap,
+        memory: &MachineMemory,
         ancestry: Ancestry<'_>,
         cancelled: &AtomicBool,
     ) -> Result<Self, Error> {
@@ -157,21 +157,35 @@ impl Capture {
             .map_err(Error::io("create", &path))?;
         flock(&file, FlockOperation::NonBlockingLockShared)
             .map_err(|e| Error::io("lock", &path)(e.into()))?;
-        let mut runs = pagemap::private(memory)?;
-        let whole = |runs: &[Run], chain: &Chain| {
-            let runs = runs::union(runs, &chain.stored());
-            memory_file::write(memory, &runs, Base::Nothing, &file, &path, cancelled)
+        let private = pagemap::private(&memory.guest)?;
+        // Discarded pages have no memory, as unchanged ones, and are zero.
+        let zero = match chain {
+            Some(chain) => {
+                let discarded = runs::subtract(&memory.discarded().runs(), &private);
+                runs::intersect(&discarded, &chain.stored())
+            }
+            None => Vec::new(),
+        };
+        let write = |written: &[Run], zero: &[Run], base| {
+            let changed = ChangedPages { written, zero };
+            memory_file::write(&memory.guest, changed, base, &file, &path, cancelled)
+        };
+        // Pages that are not recorded in a full snapshot are zero.
+        let whole = |written: &[Run], chain: &Chain| {
+            let written = runs::subtract(&runs::union(written, &chain.stored()), &zero);
+            write(&written, &[], Base::Nothing)
         };
         let mut index = match (chain, &parent) {
-            (Some(chain), None) => whole(&runs, chain)?,
-            _ => memory_file::write(memory, &runs, base, &file, &path, cancelled)?,
+            (Some(chain), None) => whole(&private, chain)?,
+            _ => write(&private, &zero, base)?,
         };
         if let (Some(chain), Some(_)) = (chain, &parent)
             && chain.pieces_of_child(&index.extents) > MAX_PIECES
         {
             // Pages that the file contains already are written again at the same offset.
-            runs = index.extents.iter().map(|e| (e.first, e.pages)).collect();
-            index = whole(&runs, chain)?;
+            let recorded = index.extents.iter();
+            let recorded: Vec<Run> = recorded.map(|e| (e.first, e.pages)).collect();
+            index = whole(&recorded, chain)?;
             parent = None;
         }
         Ok(Self {

@@ -69,15 +69,23 @@ const MANY: usize = 1024;
 /// Maximum number of unchanged pages that joining two extents may store.
 const MOST_GAP: u64 = 64;
 
-/// Writes the pages `runs` of a paused guest to `file` and returns the index. Zero pages
-/// are not stored. `runs` must contain all pages that may differ from the base. The
-/// function returns early when `cancelled` is set.
+/// The pages of a guest that may differ from the base; lists of different pages.
+#[derive(Clone, Copy, Debug)]
+pub struct ChangedPages<'a> {
+    /// Pages that are read.
+    pub written: &'a [Run],
+    /// Pages that are known to be zero, and are not read.
+    pub zero: &'a [Run],
+}
+
+/// Writes pages of a paused guest to `file` and returns the index. Zero pages are not stored.
+/// The function returns early when `cancelled` is set.
 ///
 /// # Errors
 /// The file system is full or fails, a parent cannot be read, or [`Error::Cancelled`].
 pub fn write(
     memory: &GuestMemoryMmap,
-    runs: &[Run],
+    changed: ChangedPages<'_>,
     base: Base<'_>,
     file: &File,
     path: &Path,
@@ -98,9 +106,14 @@ pub fn write(
         scratch: vec![0; COPY],
         parents: Vec::new(),
     };
-    for &run in runs {
-        writer.copy_run(run)?;
+    let mut zero = changed.zero.iter().peekable();
+    for &(first, pages) in changed.written {
+        while let Some(run) = zero.next_if(|(other, _)| *other < first) {
+            writer.zero_run(*run);
+        }
+        writer.copy_run((first, pages))?;
     }
+    zero.for_each(|run| writer.zero_run(*run));
     let mut extents = std::mem::take(&mut writer.builder).finish();
     if !matches!(base, Base::Nothing) {
         // Pages added by joining are stored even if they equal the parent's.
@@ -148,6 +161,15 @@ impl Writer<'_> {
             offset = end;
         }
         Ok(())
+    }
+
+    /// Records pages that are zero.
+    fn zero_run(&mut self, (first, pages): Run) {
+        if !matches!(self.base, Base::Nothing) {
+            for page in first..first.saturating_add(pages) {
+                self.builder.push(page, ExtentKind::Zero);
+            }
+        }
     }
 
     /// Copies pages from the guest physical address `start`, which is page `first` in RAM
@@ -330,8 +352,13 @@ mod tests {
 
     fn write_all(memory: &GuestMemoryMmap, base: Base<'_>, file: &File) -> MemoryIndex {
         let runs = pagemap::private(memory).unwrap();
+        let changed = ChangedPages {
+            written: &runs,
+            zero: &[],
+        };
         let never = AtomicBool::new(false);
-        write(memory, &runs, base, file, Path::new("memory.bin"), &never).unwrap()
+        let path = Path::new("memory.bin");
+        write(memory, changed, base, file, path, &never).unwrap()
     }
 
     fn guest() -> GuestMemoryMmap {
@@ -386,9 +413,12 @@ mod tests {
         let memory = guest();
         memory.write_obj(1u8, GuestAddress(0)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let runs = pagemap::private(&memory).unwrap();
+        let changed = ChangedPages {
+            written: &pagemap::private(&memory).unwrap(),
+            zero: &[],
+        };
         let (path, cancelled) = (Path::new("memory.bin"), AtomicBool::new(true));
-        let error = write(&memory, &runs, Base::Nothing, &file, path, &cancelled).unwrap_err();
+        let error = write(&memory, changed, Base::Nothing, &file, path, &cancelled).unwrap_err();
         assert!(matches!(error, Error::Cancelled), "{error:?}");
     }
 

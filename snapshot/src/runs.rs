@@ -44,6 +44,44 @@ pub fn union(a: &[Run], b: &[Run]) -> Vec<Run> {
     }
 }
 
+/// Returns the pages of `a` that are in `b`, or with `inside` false, those that are not.
+fn select(a: &[Run], b: &[Run], inside: bool) -> Vec<Run> {
+    let mut selected = Vec::new();
+    let mut others = b.iter().peekable();
+    for &(first, pages) in a {
+        let end = first.saturating_add(pages);
+        let mut at = first;
+        while at < end {
+            while others
+                .next_if(|(start, count)| start.saturating_add(*count) <= at)
+                .is_some()
+            {}
+            let (start, stop) = others.peek().map_or((end, end), |(start, count)| {
+                (*start, start.saturating_add(*count))
+            });
+            let within = start <= at && at < stop;
+            let until = if within { stop } else { start }.min(end);
+            if within == inside {
+                push(&mut selected, (at, until - at));
+            }
+            at = until;
+        }
+    }
+    selected
+}
+
+/// Returns the pages of `a` that are not in `b`.
+#[must_use]
+pub fn subtract(a: &[Run], b: &[Run]) -> Vec<Run> {
+    select(a, b, false)
+}
+
+/// Returns the pages of `a` that are in `b`.
+#[must_use]
+pub fn intersect(a: &[Run], b: &[Run]) -> Vec<Run> {
+    select(a, b, true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +103,10 @@ mod tests {
         ) {
             let both: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a | b).collect();
             prop_assert_eq!(union(&of(&a), &of(&b)), of(&both));
+            let only: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a & !b).collect();
+            prop_assert_eq!(subtract(&of(&a), &of(&b)), of(&only));
+            let common: Vec<bool> = a.iter().zip(&b).map(|(a, b)| a & b).collect();
+            prop_assert_eq!(intersect(&of(&a), &of(&b)), of(&common));
         }
 
         #[test]

@@ -151,8 +151,6 @@ pub type PagerFailureCallback = Box<dyn FnOnce(io::Error) + Send>;
 pub struct Pager {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
-    /// Keeps the memory mapped while the thread may fill it.
-    _memory: MachineMemory,
 }
 
 impl Drop for Pager {
@@ -190,7 +188,7 @@ pub fn page_in(
         }
     };
     let memory =
-        MachineMemory::anonymous(&MemoryConfig::new(bytes)).map_err(|source| Error::Machine {
+        MachineMemory::filled(&MemoryConfig::new(bytes)).map_err(|source| Error::Machine {
             operation: "reserve memory",
             source: Box::new(source),
         })?;
@@ -234,6 +232,7 @@ pub fn page_in(
     let filler = Filler {
         fd,
         stop: Arc::clone(&stop),
+        memory: memory.clone(),
         windows,
         source,
         buffer: vec![0; AROUND_LEN],
@@ -253,7 +252,6 @@ pub fn page_in(
     let pager = Pager {
         stop,
         thread: Some(thread),
-        _memory: memory.clone(),
     };
     Ok((memory, pager))
 }
@@ -272,6 +270,8 @@ unsafe fn update<const CODE: rustix::ioctl::Opcode, T>(
 struct Filler<S> {
     fd: OwnedFd,
     stop: Arc<OwnedFd>,
+    /// The memory, which stays mapped as long as it may be filled.
+    memory: MachineMemory,
     windows: Vec<Window>,
     source: S,
     buffer: Vec<u8>,
@@ -333,22 +333,25 @@ impl<S: PageSource> Filler<S> {
             return Ok(());
         };
         let page = (address - window.address) / PAGE;
-        self.pages(window, page, 1, true)?;
+        let _ = self.pages(window, page, 1, true)?;
         let block = page / AROUND * AROUND;
         let end = (block + AROUND).min(window.len / PAGE);
         for (mut from, to) in [(block, page), (page + 1, end)] {
             while from < to {
                 let run = self.source.run(window.first + from, to - from);
-                self.pages(window, from, run, false)?;
-                from += run;
+                from += self.pages(window, from, run, false)?;
             }
         }
         Ok(())
     }
 
-    /// Fills pages of one kind (data or zero), and wakes threads that wait for them if
-    /// `wake` is set. Pages that are present remain unchanged.
-    fn pages(&mut self, window: Window, from: u64, count: u64, wake: bool) -> io::Result<()> {
+    /// Fills at most `count` pages of one kind (data or zero), and wakes threads that wait for
+    /// them if `wake` is set. Pages that are present remain unchanged. Returns the number of
+    /// pages.
+    fn pages(&mut self, window: Window, from: u64, count: u64, wake: bool) -> io::Result<u64> {
+        // None of the pages is discarded before it is filled: it would get its contents back.
+        let discarded = self.memory.discarded();
+        let (is_discarded, count) = discarded.run(window.first + from, count);
         let len = usize::try_from(count * PAGE).map_err(io::Error::other)?;
         let dst = window.address + from * PAGE;
         let mode = if wake { 0 } else { MODE_DONTWAKE };
@@ -356,7 +359,7 @@ impl<S: PageSource> Filler<S> {
             .buffer
             .get_mut(..len)
             .ok_or(io::ErrorKind::InvalidInput)?;
-        let filled = if self.source.read(window.first + from, buffer)? {
+        let filled = if !is_discarded && self.source.read(window.first + from, buffer)? {
             let mut copy = Copy {
                 dst,
                 src: buffer.as_ptr() as u64,
@@ -380,16 +383,18 @@ impl<S: PageSource> Filler<S> {
             // the pager.
             unsafe { update::<{ opcode::read_write::<Zero>(0xaa, 4) }, _>(&self.fd, &mut zero) }
         };
+        drop(discarded);
         match filled {
-            Ok(()) => Ok(()),
+            Ok(()) => {}
             // The page was filled for the fault of another thread, which was woken, but
             // this one may have started to wait since.
-            Err(Errno::EXIST | Errno::AGAIN) if wake => self.wake(dst),
-            Err(Errno::EXIST | Errno::AGAIN) => Ok(()),
+            Err(Errno::EXIST | Errno::AGAIN) if wake => self.wake(dst)?,
+            Err(Errno::EXIST | Errno::AGAIN) => {}
             // The memory is being unmapped, because the machine exits.
-            Err(Errno::NOENT | Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
+            Err(Errno::NOENT | Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
         }
+        Ok(count)
     }
 
     fn wake(&self, address: u64) -> io::Result<()> {

@@ -58,7 +58,7 @@ fn store() -> (tempfile::TempDir, SnapshotStore) {
 }
 
 fn capture(store: &SnapshotStore, name: &str, memory: &MachineMemory, ancestry: Ancestry<'_>) {
-    Capture::begin(store, &memory.guest, ancestry)
+    Capture::begin(store, memory, ancestry)
         .unwrap()
         .finish(store, name, description(), sections(name))
         .unwrap();
@@ -172,7 +172,7 @@ fn further_files_are_part_of_a_flat_copy() {
     let memory = booted();
     let layer = dir.path().join("layer");
     fs::write(&layer, "layer").unwrap();
-    let begun = Capture::begin(&store, &memory.guest, Ancestry::Booted).unwrap();
+    let begun = Capture::begin(&store, &memory, Ancestry::Booted).unwrap();
     begun
         .add_file("disk-3.0", |path| fs::hard_link(&layer, path))
         .unwrap();
@@ -242,7 +242,7 @@ fn chains_deeper_than_the_limit_are_refused_on_creation() {
     }
     let chain = Chain::open(&store, &format!("d{}", MAX_DEPTH - 1)).unwrap();
     let memory = map_memory(&chain).unwrap();
-    let error = Capture::begin(&store, &memory.guest, Ancestry::Diff(&chain)).unwrap_err();
+    let error = Capture::begin(&store, &memory, Ancestry::Diff(&chain)).unwrap_err();
     assert!(matches!(error, Error::TooDeep { .. }), "{error}");
 }
 

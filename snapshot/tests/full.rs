@@ -131,7 +131,7 @@ fn capture(
         version: 1,
         payload: vec![7; 20_000],
     }];
-    Capture::begin(store, &memory.guest, ancestry)?.finish(store, name, description(), state)?;
+    Capture::begin(store, memory, ancestry)?.finish(store, name, description(), state)?;
     Ok(())
 }
 

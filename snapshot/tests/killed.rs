@@ -45,7 +45,7 @@ fn capture(store: &SnapshotStore, name: &str, memory: &MachineMemory, ancestry: 
         version: 1,
         payload: name.into(),
     }];
-    Capture::begin(store, &memory.guest, ancestry)
+    Capture::begin(store, memory, ancestry)
         .unwrap()
         .finish(store, name, description, state)
         .unwrap();

@@ -78,7 +78,7 @@ fn fixture() -> Fixture {
         labels: BTreeMap::new(),
     };
     let sections = sections(&state(MIN_MEMORY, 1), "rng");
-    let capture = Capture::begin(&store, &memory.guest, Ancestry::Booted).unwrap();
+    let capture = Capture::begin(&store, &memory, Ancestry::Booted).unwrap();
     capture.finish(&store, "s", description, sections).unwrap();
     let at = dir.path().join("s/s");
     let manifest = read_manifest(&at).unwrap();

@@ -6,8 +6,9 @@
 //! | [`machine`] | a machine: boot or restore, run, pause, save, end |
 //! | [`layout`] | address map, interrupt lines, slots of devices; the steps to add a device |
 //! | [`devices`], [`bus`] | devices in their slots; dispatch of register accesses |
-//! | [`virtio`] | the block and the entropy device |
-//! | [`memory`], [`loader`], [`acpi`] | guest memory; kernels and boot protocols; ACPI tables |
+//! | [`virtio`] | the block device, the entropy device and the balloon |
+//! | [`memory`], [`pagemap`] | guest memory; the pages of it that this process has changed |
+//! | [`loader`], [`acpi`] | kernels and boot protocols; ACPI tables |
 //! | [`vcpu_thread`], [`exit`], [`power`] | vCPU threads, and the reasons for their end |
 //! | [`serial`] | the console |
 //! | [`state`] | saved state, without memory |
@@ -25,6 +26,7 @@ pub mod layout;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod pagemap;
 pub mod power;
 pub mod serial;
 pub mod state;

@@ -4,8 +4,11 @@
     reason = "maps files over reserved guest memory and advises the kernel about it"
 )]
 
+mod discard;
+
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -14,6 +17,8 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+pub use self::discard::DiscardedPages;
+use self::discard::Discards;
 use crate::layout::{HOLE_END, HOLE_START};
 use sm_virtio::GuestMemory;
 
@@ -117,6 +122,18 @@ pub struct RamRegion {
     pub offset: u64,
 }
 
+impl RamRegion {
+    /// Returns the part of a run of pages, in RAM order, that is in this region: its offset
+    /// in the region and its length, both in bytes.
+    fn part(&self, (first, pages): (u64, u64)) -> Option<(u64, u64)> {
+        let begin = self.offset / PAGE_SIZE;
+        let end = begin + self.len / PAGE_SIZE;
+        let from = first.max(begin);
+        let to = first.saturating_add(pages).min(end);
+        (from < to).then(|| ((from - begin) * PAGE_SIZE, (to - from) * PAGE_SIZE))
+    }
+}
+
 /// Returns the ranges that `bytes` of guest memory occupy: one, or two around the hole.
 #[must_use]
 pub fn ram_regions(bytes: u64) -> Vec<RamRegion> {
@@ -144,6 +161,7 @@ pub struct MachineMemory {
     pub guest: GuestMemory,
     /// The ranges, by ascending address.
     pub regions: Vec<RamRegion>,
+    discards: Arc<Discards>,
 }
 
 impl MachineMemory {
@@ -153,7 +171,19 @@ impl MachineMemory {
     /// # Errors
     /// An invalid size, or no address space left.
     pub fn anonymous(config: &MemoryConfig) -> Result<Self, MemoryError> {
-        let memory = Self::reserve(config.bytes)?;
+        let memory = Self::reserve(config.bytes, Discards::anonymous())?;
+        memory.advise(config)?;
+        Ok(memory)
+    }
+
+    /// Creates memory like [`Self::anonymous`] whose pages a pager fills when they are first
+    /// accessed. The pager holds [`Self::discarded`] while it fills one, and fills those that
+    /// it contains with zeros.
+    ///
+    /// # Errors
+    /// An invalid size, or no address space left.
+    pub fn filled(config: &MemoryConfig) -> Result<Self, MemoryError> {
+        let memory = Self::reserve(config.bytes, Discards::filled())?;
         memory.advise(config)?;
         Ok(memory)
     }
@@ -169,7 +199,8 @@ impl MachineMemory {
     /// An invalid size, an extent outside memory or past the end of its file, or a mapping
     /// that the host refuses.
     pub fn from_files(config: &MemoryConfig, extents: &[FileExtent]) -> Result<Self, MemoryError> {
-        let memory = Self::reserve(config.bytes)?;
+        let discards = Discards::mapped(extents, config.dump);
+        let memory = Self::reserve(config.bytes, discards)?;
         for extent in extents {
             memory.map_extent(config.bytes, extent)?;
         }
@@ -200,6 +231,7 @@ impl MachineMemory {
     /// # Errors
     /// The host refused.
     pub fn revert(&self) -> Result<(), MemoryError> {
+        self.restore_discarded()?;
         for region in &self.regions {
             self.advise_region(region, Advice::LinuxDontNeed)
                 .map_err(|source| MemoryError::Map {
@@ -217,28 +249,29 @@ impl MachineMemory {
     /// # Errors
     /// The host refused.
     pub fn revert_pages(&self, runs: &[(u64, u64)]) -> Result<(), MemoryError> {
+        self.restore_discarded()?;
         for region in &self.regions {
-            let begin = region.offset / PAGE_SIZE;
-            let end = begin + region.len / PAGE_SIZE;
-            for &(first, pages) in runs {
-                let from = first.max(begin);
-                let to = first.saturating_add(pages).min(end);
-                if from >= to {
-                    continue;
+            for &run in runs {
+                if let Some((offset, len)) = region.part(run) {
+                    self.drop_pages(region, offset, len)?;
                 }
-                let (offset, len) = ((from - begin) * PAGE_SIZE, (to - from) * PAGE_SIZE);
-                self.advise_range(region, offset, len, Advice::LinuxDontNeed)
-                    .map_err(|source| MemoryError::Map {
-                        operation: "revert",
-                        len,
-                        source,
-                    })?;
             }
         }
         Ok(())
     }
 
-    fn reserve(bytes: u64) -> Result<Self, MemoryError> {
+    /// Unmaps pages of `region`: those of files have the files' contents again, others read
+    /// as zero.
+    fn drop_pages(&self, region: &RamRegion, offset: u64, len: u64) -> Result<(), MemoryError> {
+        self.advise_range(region, offset, len, Advice::LinuxDontNeed)
+            .map_err(|source| MemoryError::Map {
+                operation: "revert",
+                len,
+                source,
+            })
+    }
+
+    fn reserve(bytes: u64, discards: Discards) -> Result<Self, MemoryError> {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&bytes) || !bytes.is_multiple_of(1 << 20) {
             return Err(MemoryError::Size { bytes });
         }
@@ -264,6 +297,7 @@ impl MachineMemory {
         Ok(Self {
             guest: GuestMemory::from_regions(mapped)?,
             regions,
+            discards: Arc::new(discards),
         })
     }
 
@@ -298,33 +332,87 @@ impl MachineMemory {
             if start >= stop {
                 continue;
             }
-            let host = self
-                .host_address(region)
-                .ok_or_else(|| bad("its region is not mapped"))?;
-            let within = usize::try_from(start - region.offset)
-                .map_err(|_| bad("it ends past guest memory"))?;
-            let len =
-                usize::try_from(stop - start).map_err(|_| bad("it ends past guest memory"))?;
-            // SAFETY: `within + len` is inside this region's own mapping (the bounds
-            // above), which only volatile guest memory accessors refer to, so replacing
-            // pages of it invalidates no reference.
-            unsafe {
-                rustix::mm::mmap(
-                    host.as_ptr().add(within).cast(),
-                    len,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
-                    &extent.file,
-                    extent.file_offset + (start - extent.offset),
-                )
-            }
-            .map_err(|error| MemoryError::Map {
-                operation: "map a file over",
-                len: stop - start,
-                source: error.into(),
-            })?;
+            self.map_file(
+                region,
+                start..stop,
+                &extent.file,
+                extent.file_offset + (start - extent.offset),
+            )?;
         }
         Ok(())
+    }
+
+    /// Maps a part of `file` over the bytes `range` of guest memory, which are in `region`.
+    fn map_file(
+        &self,
+        region: &RamRegion,
+        range: Range<u64>,
+        file: &File,
+        file_offset: u64,
+    ) -> Result<(), MemoryError> {
+        let len = range.end.saturating_sub(range.start);
+        let failed = |source| MemoryError::Map {
+            operation: "map a file over",
+            len,
+            source,
+        };
+        let (address, size) = self.host_range(region, &range).map_err(failed)?;
+        // SAFETY: the range is inside this region's own mapping, which only volatile guest
+        // memory accessors refer to, so replacing pages of it invalidates no reference.
+        unsafe {
+            rustix::mm::mmap(
+                address.as_ptr().cast(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                file_offset,
+            )
+        }
+        .map_err(|error| failed(error.into()))?;
+        Ok(())
+    }
+
+    /// Maps zero pages over the bytes `range` of guest memory, which are in `region`.
+    fn map_zero(&self, region: &RamRegion, range: Range<u64>) -> Result<(), MemoryError> {
+        let len = range.end.saturating_sub(range.start);
+        let failed = |source| MemoryError::Map {
+            operation: "map zero pages over",
+            len,
+            source,
+        };
+        let (address, size) = self.host_range(region, &range).map_err(failed)?;
+        // SAFETY: as in `map_file`.
+        unsafe {
+            rustix::mm::mmap_anonymous(
+                address.as_ptr().cast(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|error| failed(error.into()))?;
+        Ok(())
+    }
+
+    /// Returns the host address and the length of the bytes `range` of guest memory.
+    fn host_range(
+        &self,
+        region: &RamRegion,
+        range: &Range<u64>,
+    ) -> io::Result<(NonNull<u8>, usize)> {
+        let host = self
+            .host_address(region)
+            .ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let (begin, end) = (region.offset, region.offset + region.len);
+        if range.start < begin || range.end > end || range.start >= range.end {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let within = usize::try_from(range.start - begin).map_err(io::Error::other)?;
+        let len = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
+        // SAFETY: the start of the range is within the region's mapping (checked above).
+        let address = unsafe { host.add(within) };
+        Ok((address, len))
     }
 
     fn advise(&self, config: &MemoryConfig) -> Result<(), MemoryError> {
@@ -358,164 +446,13 @@ impl MachineMemory {
         len: u64,
         advice: Advice,
     ) -> io::Result<()> {
-        let host = self
-            .host_address(region)
-            .ok_or(io::ErrorKind::AddrNotAvailable)?;
-        if offset.checked_add(len).is_none_or(|end| end > region.len) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        let offset = usize::try_from(offset).map_err(io::Error::other)?;
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: the range is within this region's mapping (checked above), which only
-        // volatile guest memory accessors refer to: even advice that changes its contents
-        // invalidates no reference.
-        Ok(unsafe { rustix::mm::madvise(host.as_ptr().add(offset).cast(), len, advice) }?)
+        let start = region.offset.saturating_add(offset);
+        let (address, size) = self.host_range(region, &(start..start.saturating_add(len)))?;
+        // SAFETY: the range is within this region's mapping, which only volatile guest memory
+        // accessors refer to: even advice that changes its contents invalidates no reference.
+        Ok(unsafe { rustix::mm::madvise(address.as_ptr().cast(), size, advice) }?)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use vm_memory::Bytes;
-
-    use super::*;
-
-    const MIB: u64 = 1 << 20;
-
-    fn file(contents: &[u8]) -> Arc<File> {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(contents).unwrap();
-        Arc::new(file)
-    }
-
-    #[test]
-    fn regions_leave_the_hole_free() {
-        assert_eq!(ram_regions(256 * MIB).len(), 1);
-        assert_eq!(ram_regions(HOLE_START).len(), 1);
-        let regions = ram_regions(6144 * MIB);
-        assert_eq!(regions[0].len, HOLE_START);
-        assert_eq!(
-            regions[1],
-            RamRegion {
-                guest_address: HOLE_END,
-                len: 3072 * MIB,
-                offset: HOLE_START,
-            }
-        );
-    }
-
-    #[test]
-    fn invalid_sizes_are_refused() {
-        for bytes in [0, 63 * MIB, 64 * MIB + 4096, MAX_MEMORY + MIB, u64::MAX] {
-            assert!(matches!(
-                MachineMemory::anonymous(&MemoryConfig::new(bytes)),
-                Err(MemoryError::Size { .. })
-            ));
-        }
-    }
-
-    #[test]
-    fn memory_above_the_hole_is_usable_and_the_hole_is_not() {
-        let memory = MachineMemory::anonymous(&MemoryConfig::new(6144 * MIB)).unwrap();
-        let last = GuestAddress(HOLE_END + 3072 * MIB - 8);
-        memory.guest.write_obj(7u64, last).unwrap();
-        assert_eq!(memory.guest.read_obj::<u64>(last).unwrap(), 7);
-        assert!(
-            memory
-                .guest
-                .read_obj::<u8>(GuestAddress(HOLE_START))
-                .is_err()
-        );
-        assert_eq!(memory.bytes(), 6144 * MIB);
-    }
-
-    #[test]
-    fn extents_are_mapped_at_their_offsets_and_stay_private() {
-        let base = file(&[1; 3 * 4096]);
-        let diff = file(&[2; 4096]);
-        // The base spans the hole; the diff replaces its middle page.
-        let offset = HOLE_START - 4096;
-        let extents = [
-            FileExtent {
-                offset,
-                len: 3 * 4096,
-                file: base.clone(),
-                file_offset: 0,
-            },
-            FileExtent {
-                offset: offset + 4096,
-                len: 4096,
-                file: diff,
-                file_offset: 0,
-            },
-        ];
-        let config = MemoryConfig {
-            huge_pages: true,
-            ..MemoryConfig::new(4096 * MIB)
-        };
-        let memory = MachineMemory::from_files(&config, &extents).unwrap();
-        let read = |address| memory.guest.read_obj::<u8>(GuestAddress(address)).unwrap();
-        assert_eq!(read(HOLE_START - 4097), 0);
-        assert_eq!(read(HOLE_START - 1), 1);
-        assert_eq!(read(HOLE_END), 2);
-        assert_eq!(read(HOLE_END + 4096), 1);
-        assert_eq!(read(HOLE_END + 2 * 4096), 0);
-
-        memory
-            .guest
-            .write_obj(9u8, GuestAddress(HOLE_END + 4096))
-            .unwrap();
-        memory.guest.write_obj(9u8, GuestAddress(0)).unwrap();
-        memory.revert().unwrap();
-        assert_eq!(read(HOLE_END + 4096), 1);
-        assert_eq!(read(0), 0);
-        memory
-            .guest
-            .write_obj(9u8, GuestAddress(HOLE_END + 4096))
-            .unwrap();
-
-        // Only the requested pages, on either side of the hole.
-        memory.guest.write_obj(8u8, GuestAddress(HOLE_END)).unwrap();
-        memory
-            .guest
-            .write_obj(8u8, GuestAddress(HOLE_START - 1))
-            .unwrap();
-        let page = HOLE_START / PAGE_SIZE;
-        memory
-            .revert_pages(&[(page - 1, 2), (u64::MAX, 7)])
-            .unwrap();
-        assert_eq!((read(HOLE_START - 1), read(HOLE_END)), (1, 2));
-        assert_eq!(read(HOLE_END + 4096), 9, "not requested");
-
-        let again = MachineMemory::from_files(&config, &extents).unwrap();
-        let byte: u8 = again.guest.read_obj(GuestAddress(HOLE_END + 4096)).unwrap();
-        assert_eq!(byte, 1);
-    }
-
-    #[test]
-    fn extents_that_do_not_fit_are_refused() {
-        let file = file(&[1; 8192]);
-        let extent = |offset, len, file_offset| FileExtent {
-            offset,
-            len,
-            file: file.clone(),
-            file_offset,
-        };
-        for bad in [
-            extent(0, 0, 0),
-            extent(1, 4096, 0),
-            extent(0, 4095, 0),
-            extent(0, 4096, 12),
-            extent(0, 3 * 4096, 0),
-            extent(0, 8192, 4096),
-            extent(0, 4096, u64::MAX - 4095),
-            extent(64 * MIB - 4096, 8192, 0),
-            extent(u64::MAX - 4095, 4096, 0),
-        ] {
-            let result =
-                MachineMemory::from_files(&MemoryConfig::new(64 * MIB), std::slice::from_ref(&bad));
-            assert!(matches!(result, Err(MemoryError::Extent { .. })), "{bad:?}");
-        }
-    }
-}
+mod tests;

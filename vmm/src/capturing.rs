@@ -105,7 +105,7 @@ impl Capturing {
         let cancelled = Arc::new(AtomicBool::new(false));
         let (state_sender, state_receiver) = channel::<(_, Vec<FrozenDisk>)>();
         let (pause_duration, pause_ended) = channel();
-        let (memory, vcpus) = (machine.memory().guest.clone(), machine.vcpus());
+        let (memory, vcpus) = (machine.memory().clone(), machine.vcpus());
         let unless = Arc::clone(&cancelled);
         // The thread is created before the pause, since its creation can fail.
         let thread = std::thread::Builder::new()

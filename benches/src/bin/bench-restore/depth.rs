@@ -55,7 +55,7 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
         machine.pause()?;
         let state = machine.save_state()?;
         let sections = machine::encode(&state)?;
-        let memory = &machine.memory().guest;
+        let memory = machine.memory();
         let capture = |name: &str, ancestry| -> Result<u64> {
             let captured = Capture::begin(&store, memory, ancestry)?.finish(
                 &store,
@@ -82,6 +82,7 @@ pub(crate) fn check(guest: &BenchGuest) -> Result<()> {
                 // Memory ends below the hole for devices, so file offsets are guest
                 // addresses.
                 memory
+                    .guest
                     .read_slice(&mut actual, GuestAddress(first * PAGE))
                     .map_err(|error| sm_snapshot::Error::Machine {
                         operation: "read the machine's memory",

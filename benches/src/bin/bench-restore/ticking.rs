@@ -61,7 +61,7 @@ pub(crate) fn create(store: &Path, guest: &BenchGuest) -> Result<()> {
     machine.pause()?;
     let state = machine.save_state()?;
     let sections = machine::encode(&state)?;
-    let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
+    let capture = Capture::begin(&store, machine.memory(), Ancestry::Booted)?;
     drop(machine);
     drop(event_loop);
     let _ = reader.join();

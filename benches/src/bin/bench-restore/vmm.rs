@@ -202,7 +202,7 @@ impl TinySnapshot {
         machine.memory().guest.write_obj(1u32, tiny::STOP)?;
         let state = machine.save_state()?;
         let sections = machine::encode(&state)?;
-        let capture = Capture::begin(&store, &machine.memory().guest, Ancestry::Booted)?;
+        let capture = Capture::begin(&store, machine.memory(), Ancestry::Booted)?;
         let description = Description {
             layer: Layer::Base,
             sm_version: env!("CARGO_PKG_VERSION").to_owned(),

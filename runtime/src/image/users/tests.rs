@@ -72,7 +72,7 @@ impl Fixture {
             version: 1,
             payload: serde_json::to_vec(content).unwrap(),
         }];
-        Capture::begin(&store, &memory.guest, Ancestry::Booted)
+        Capture::begin(&store, &memory, Ancestry::Booted)
             .unwrap()
             .finish(&store, name, description, state)
             .unwrap();

@@ -31,7 +31,7 @@ fn publish(store: &SnapshotStore, name: &str) -> PublishedSnapshot {
         version: 1,
         payload: Vec::new(),
     };
-    let captured = Capture::begin(store, &memory.guest, Ancestry::Booted)
+    let captured = Capture::begin(store, &memory, Ancestry::Booted)
         .unwrap()
         .finish(store, name, description, vec![state])
         .unwrap();
