@@ -18,7 +18,7 @@
 //!    kernels that `runtime/src/kernel.rs` selects.
 
 /// Version of everything in this module, recorded in snapshots.
-pub const MACHINE_VERSION: u32 = 3;
+pub const MACHINE_VERSION: u32 = 4;
 
 /// First address of the hole below 4 GiB (3 GiB): devices, no RAM.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -43,9 +43,9 @@ pub const SLOT_RNG: u32 = 1;
 pub const SLOT_ROOT_DISK: u32 = 2;
 /// Slot of the disk for changes to the root (`/dev/vdb`); without one, its capacity is 0.
 pub const SLOT_DATA_DISK: u32 = 3;
-/// Slot reserved for a network device.
+/// Slot of the network device; without a network, it has no link.
 pub const SLOT_NET: u32 = 4;
-/// Slot reserved for a balloon.
+/// Slot of the balloon.
 pub const SLOT_BALLOON: u32 = 5;
 /// Slot of the device for shared directories; without any, it has none to offer.
 pub const SLOT_FS: u32 = 6;

@@ -6,7 +6,9 @@
 //! | `layered.rs` | a disk of read-only layers under a writable one |
 //! | `storage.rs` | operations on their files |
 //! | `rng.rs` | the entropy device |
+//! | `balloon.rs` | memory that the guest returns |
 
+pub mod balloon;
 pub mod blk;
 pub mod disk;
 pub mod layered;
