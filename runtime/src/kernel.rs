@@ -17,10 +17,11 @@ use crate::sm::Sm;
 
 /// Modules that a guest may need, by their names in `modules.dep`; those that a kernel
 /// has built in, or does not have, are skipped.
-const GUEST_MODULES: [&str; 12] = [
+const GUEST_MODULES: [&str; 13] = [
     // erofs needs libcrc32c, which requests this from the crypto API by name.
     "crc32c_generic",
     "virtio_mmio",
+    "virtio_balloon",
     "virtio_blk",
     "virtio_net",
     "virtio-rng",

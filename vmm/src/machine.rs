@@ -9,7 +9,7 @@ mod writable;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use sm_control::id::random;
 use sm_control::launch::{LaunchRequest, Paging, StartSource};
 use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
+use sm_devices_net::{Net, NetConfig};
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
 use sm_frontends::{ForwardTarget, FrontendHandle, UnixFrontend};
@@ -30,10 +31,13 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitLatch;
-use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOT_FS, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
+use sm_vmm_core::layout::{
+    SLOT_BALLOON, SLOT_DATA_DISK, SLOT_FS, SLOT_NET, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK,
+};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
+use sm_vmm_core::virtio::balloon::Balloon;
 use sm_vmm_core::virtio::blk::{Access, Block};
 use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
@@ -53,6 +57,9 @@ use super::saved::{Content, Plan, Saved};
 use super::serving::{ListenerDeps, Published};
 use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
+
+/// MAC address of the network device of a machine without a network.
+const MAC: [u8; 6] = [2, 0x73, 0x6d, 0, 0, 1];
 
 /// A running machine with its devices and frontends.
 pub(crate) struct RunningMachine {
@@ -289,6 +296,7 @@ fn begin(
     let mut disks = vec![disks::changes(request, record, &plan, events.clone())?];
     disks.extend(disks::volumes(request, record, &plan, events)?);
     parts.devices = disks.iter().map(WritableDisk::device).collect();
+    let balloon = Arc::new(Mutex::new(Balloon::new()));
     parts.devices.extend([
         DeviceConfig {
             slot: SLOT_VSOCK,
@@ -299,6 +307,11 @@ fn begin(
             device: root.clone(),
         },
         device(SLOT_RNG, Rng::new()),
+        device(SLOT_NET, Net::new(NetConfig::new(MAC))),
+        DeviceConfig {
+            slot: SLOT_BALLOON,
+            device: balloon.clone(),
+        },
         device(SLOT_FS, shares::device(request, descriptors.files)?),
     ]);
     let (mut machine, source) = match plan.source {
@@ -314,6 +327,9 @@ fn begin(
             (parts.boot(request, initramfs, &event_loop)?, None)
         }
     };
+    lock(&balloon)
+        .manage(machine.memory().clone())
+        .map_err(failed("open the page map"))?;
     machine.resume().map_err(failed("start the vCPUs"))?;
     parts.phases.push(Phase::now("vCPUs started"));
     let exit = machine.exit_latch();
@@ -480,6 +496,10 @@ fn listen_for_agent(muxer: &MuxerHandle, events: EventSender) {
 fn report_failure(muxer: &MuxerHandle, events: EventSender) {
     let report = move |reason: &str| events.send(SupervisorEvent::Unreachable(reason.to_owned()));
     muxer.on_failure(Box::new(report));
+}
+
+fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceConfig {

@@ -24,7 +24,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_vmm_core::layout::MACHINE_VERSION;
 use sm_vmm_core::state::{MachineState, SECTION_VERSIONS};
 use sm_vmm_core::virtio::layered::MAX_LAYERS;
-use sm_vmm_core::virtio::{blk, rng};
+use sm_vmm_core::virtio::{balloon, blk, rng};
 
 use super::environment::Identity;
 
@@ -39,6 +39,8 @@ pub(crate) fn versions() -> Vec<u32> {
     let devices = [
         sm_devices_vsock::STATE_VERSION,
         sm_devices_fs::STATE_VERSION,
+        sm_devices_net::STATE_VERSION,
+        balloon::STATE_VERSION,
         rng::STATE_VERSION,
         blk::STATE_VERSION,
     ];

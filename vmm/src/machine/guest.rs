@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::PoisonError;
 
 use sm_control::id::random;
 use sm_control::launch::{SnapshotReport, StageTimes};
@@ -15,7 +14,7 @@ use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
 use super::writable::WritableDisk;
-use super::{RunningMachine, failed};
+use super::{RunningMachine, failed, lock};
 use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
 use crate::guest::{
     AfterCapture, GuestEnd, GuestMachine, MergeEnd, MergeStep, PublishedSnapshot, SnapshotGuard,
@@ -98,8 +97,7 @@ impl GuestMachine for RunningMachine {
 
     fn insert_image(&mut self) {
         if let Some(image) = self.image.take() {
-            let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
-            root.set_disk(image);
+            lock(&self.root).set_disk(image);
         }
         // Those of volumes follow the image snapshot, which is not of this VM only.
         if let Some(changes) = self.disks.first_mut() {
