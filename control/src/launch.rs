@@ -66,6 +66,9 @@ pub enum MountSource {
         file: Option<String>,
         /// Options.
         options: HostOptionsV1,
+        /// It is a volume, whose files have the owners that guests gave them.
+        #[serde(default)]
+        volume: Option<VolumeShare>,
     },
     /// Guest memory.
     Tmpfs {
@@ -74,6 +77,15 @@ pub enum MountSource {
         /// Permissions of its root directory; absent for 1777.
         mode: Option<u32>,
     },
+}
+
+/// A volume that is a directory of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeShare {
+    /// Its name, for messages.
+    pub name: String,
+    /// The files that the image has at the target are copied to an empty volume.
+    pub copy: bool,
 }
 
 /// The source that a VM starts from.

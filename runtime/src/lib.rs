@@ -99,7 +99,7 @@ pub use vm::{
     StateView, StorageView, Vm, VmStatus, VmUpdate, Vms,
 };
 #[doc(inline)]
-pub use volumes::{Volume, VolumeError, VolumeOptions};
+pub use volumes::{Volume, VolumeError, VolumeKind, VolumeOptions};
 
 /// Identifiers and names of virtual machines.
 pub mod id {

@@ -206,6 +206,29 @@ fn volumes_of_an_image_are_anonymous_disks() {
 }
 
 #[test]
+fn a_directory_is_shared_by_vms() {
+    let home = Home::shared();
+    let name = unique("dir");
+    home.sm(&["volume", "create", "--type", "dir", &name])
+        .exits(0);
+    let mount = format!("{name}:/bin");
+    let first = idle(home, &["-v", &mount]);
+    // The image's files are copied, and an owner stays with its file.
+    let script = "ls /bin | grep -c . > /dev/null && echo kept > /bin/file && \
+                  chown 999:998 /bin/file && stat -c %u:%g /bin/file /bin";
+    let out = home.sm(&["exec", &first.name, "sh", "-c", script]);
+    assert_eq!(out.exits(0).out(), "999:998\n0:0\n");
+    let script = "cat /bin/file && stat -c %u:%g /bin/file && echo more >> /bin/file";
+    assert_eq!(run(home, &["-v", &mount], script).out(), "kept\n999:998\n");
+    let out = home.sm(&["exec", &first.name, "cat", "/bin/file"]);
+    assert_eq!(out.exits(0).out(), "kept\nmore\n");
+    let refused = home.sm(&["volume", "rm", &name]);
+    assert!(refused.exits(1).err().contains("is in use by VM"));
+    drop(first);
+    home.sm(&["volume", "rm", &name]).exits(0);
+}
+
+#[test]
 fn volumes_of_another_vm_are_mounted() {
     let home = Home::shared();
     let volume = volume(home);

@@ -1,6 +1,7 @@
 //! Arguments of `sm volume`.
 
 use clap::{Args, Subcommand};
+use sm_runtime::VolumeKind;
 
 use super::ListArgs;
 use crate::units::parse_size;
@@ -9,7 +10,11 @@ use crate::units::parse_size;
 pub(crate) enum VolumeCommand {
     /// Create a volume, and print its name
     Create {
-        /// Size, such as 10g; only what is written takes space [default: 64g]
+        /// Storage: a disk, to which one VM at a time writes, or a directory of this host, which
+        /// several VMs share
+        #[arg(long = "type", value_name = "TYPE", value_enum, default_value = "disk")]
+        kind: VolumeType,
+        /// Size of a disk, such as 10g; only what is written takes space [default: 64g]
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         size: Option<u64>,
         /// Add a label
@@ -46,9 +51,25 @@ pub(crate) enum VolumeCommand {
     },
 }
 
+/// See [`VolumeKind`].
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum VolumeType {
+    Disk,
+    Dir,
+}
+
+impl From<VolumeType> for VolumeKind {
+    fn from(kind: VolumeType) -> Self {
+        match kind {
+            VolumeType::Disk => Self::Disk,
+            VolumeType::Dir => Self::Directory,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct VolumeLsArgs {
-    /// Show only volumes that match: dangling (no VM needs it), driver, label or name
+    /// Show only volumes that match: dangling (no VM needs it), driver, label, name or type
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub(crate) filter: Vec<String>,
     #[command(flatten)]

@@ -19,8 +19,13 @@ use crate::units::{format_age, format_size};
 pub(crate) fn run(sm: &Sm, command: VolumeCommand, printer: &Printer) -> Result<u32, Failure> {
     let volumes = sm.volumes();
     match command {
-        VolumeCommand::Create { size, label, name } => {
-            let mut options = VolumeOptions::new();
+        VolumeCommand::Create {
+            kind,
+            size,
+            label,
+            name,
+        } => {
+            let mut options = VolumeOptions::new().kind(kind.into());
             if let Some(size) = size {
                 options = options.size(size);
             }
@@ -75,7 +80,7 @@ fn each(
 }
 
 /// The conditions for volumes.
-const OF_VOLUMES: &[&str] = &["dangling", "driver", "label", "name"];
+const OF_VOLUMES: &[&str] = &["dangling", "driver", "label", "name", "type"];
 /// Members for which no volume is opened.
 const OF_NAMES: &[&str] = &["Name", "Driver", "Scope"];
 
@@ -99,7 +104,7 @@ fn list(volumes: &Volumes, args: &VolumeLsArgs, printer: &Printer) -> Result<u32
             names.push(name);
         }
     }
-    if form.needs_only(OF_NAMES) && !filters.has("label") {
+    if form.needs_only(OF_NAMES) && !filters.has("label") && !filters.has("type") {
         let names: Vec<Named> = names.into_iter().map(Named).collect();
         let listing = Listing {
             header: &[],
@@ -122,16 +127,20 @@ fn list(volumes: &Volumes, args: &VolumeLsArgs, printer: &Printer) -> Result<u32
             }
         }
     }
-    rows.retain(|volume| filters.all_hold("label", |label| has_label(volume.labels(), label)));
+    rows.retain(|volume| {
+        filters.all_hold("label", |label| has_label(volume.labels(), label))
+            && filters.hold("type", |value| volume.kind().as_str() == value)
+    });
     let now = SystemTime::now();
     let listing = Listing {
-        header: &["NAME", "SIZE", "ON DISK", "CREATED"],
+        header: &["NAME", "TYPE", "SIZE", "ON DISK", "CREATED"],
         name: &|volume: &Volume| volume.name().to_owned(),
         cells: &|volume| {
             vec![
                 volume.name().to_owned(),
-                format_size(volume.size_bytes()),
-                format_size(volume.disk_bytes()),
+                volume.kind().as_str().to_owned(),
+                size(volume.size_bytes()),
+                size(volume.disk_bytes()),
                 age(volume, now),
             ]
         },
@@ -149,11 +158,16 @@ fn members(volume: &Volume, now: SystemTime) -> Value {
         "Name": volume.name(), "Driver": DRIVER, "Scope": DRIVER,
         "Mountpoint": volume.path(),
         "Labels": joined(volume.labels()), "LabelMap": volume.labels(),
-        "Size": format_size(volume.size_bytes()),
-        "OnDisk": format_size(volume.disk_bytes()),
+        "Type": volume.kind().as_str(),
+        "Size": size(volume.size_bytes()),
+        "OnDisk": size(volume.disk_bytes()),
         "CreatedSince": age(volume, now),
         "Anonymous": volume.is_anonymous(),
     })
+}
+
+fn size(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "-".to_owned(), format_size)
 }
 
 fn age(volume: &Volume, now: SystemTime) -> String {

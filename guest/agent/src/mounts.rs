@@ -101,7 +101,7 @@ fn prepare(mount_of: &GuestMount, at: &Path, shares: &Path) -> io::Result<OwnedF
             )?;
             at.join(DATA)
         }
-        GuestMountSource::Shared { name, file } => {
+        GuestMountSource::Shared { name, file, .. } => {
             let root = mounted_shares(shares)?;
             let source = root.join(name);
             let (source, at) = match file {
@@ -150,9 +150,11 @@ fn place(root: &OwnedFd, mount: &GuestMount, tree: &OwnedFd) -> io::Result<()> {
         GuestMountSource::Shared { file: Some(_), .. } => file(root, target)?,
         _ => directory(root, target)?,
     };
-    if let GuestMountSource::Disk { copy: true, .. } = mount.source
-        && !mount.read_only
-    {
+    let copy = match mount.source {
+        GuestMountSource::Disk { copy, .. } | GuestMountSource::Shared { copy, .. } => copy,
+        GuestMountSource::Tmpfs { .. } => false,
+    };
+    if copy && !mount.read_only {
         copy::fill_if_empty(&target, tree)?;
     }
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;

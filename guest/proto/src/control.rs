@@ -177,6 +177,9 @@ pub enum GuestMountSource {
         name: String,
         /// The only file of the directory, which is mounted in its place.
         file: Option<String>,
+        /// If the directory is empty, the files at the target are copied to it first.
+        #[serde(default)]
+        copy: bool,
     },
     /// Guest memory.
     Tmpfs {

@@ -96,6 +96,7 @@ pub(super) fn resolved(
             directory: real,
             file: None,
             options,
+            volume: None,
         });
     }
     match (real.parent(), real.file_name()) {
@@ -103,6 +104,7 @@ pub(super) fn resolved(
             directory: parent.to_owned(),
             file: Some(name.to_string_lossy().into_owned()),
             options,
+            volume: None,
         }),
         _ if kind.is_socket() => Err(refused(
             "it is a socket, to which programs in a guest cannot connect".to_owned(),
@@ -176,6 +178,7 @@ mod tests {
             directory,
             file: file.map(str::to_owned),
             options: HostOptionsV1::default(),
+            volume: None,
         };
         for (name, source) in [
             ("d", host(real.join("d"), None)),

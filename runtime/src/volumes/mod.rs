@@ -16,6 +16,7 @@ mod requests;
 mod store;
 #[cfg(test)]
 mod tests;
+mod tree;
 mod users;
 
 use std::collections::BTreeMap;
@@ -23,7 +24,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sm_vmm::disks::DiskError;
 use thiserror::Error;
 
@@ -66,6 +67,12 @@ pub enum VolumeError {
         max = MAX_VOLUME_BYTES >> 40
     )]
     Size(u64),
+    /// A size for a directory.
+    #[error("a volume that is a directory has no size of its own")]
+    SizeOfDirectory,
+    /// A directory cannot be copied in constant time.
+    #[error("volume \"{0}\" is a directory: only disks can be cloned")]
+    CloneOfDirectory(String),
     /// A VM, or another operation, uses it.
     #[error("volume \"{name}\" is in use{}", by.as_ref().map_or_else(String::new, |vm| format!(" by VM \"{vm}\"")))]
     InUse {
@@ -110,7 +117,10 @@ impl VolumeError {
         match self {
             Self::NotFound(_) => ErrorKind::NotFound,
             Self::Exists(_) => ErrorKind::AlreadyExists,
-            Self::BadName(_) | Self::Size(_) => ErrorKind::Invalid,
+            Self::BadName(_)
+            | Self::Size(_)
+            | Self::SizeOfDirectory
+            | Self::CloneOfDirectory(_) => ErrorKind::Invalid,
             Self::InUse { .. } => ErrorKind::Busy,
             Self::Damaged { .. } => ErrorKind::Damaged,
             Self::Io { source, .. }
@@ -123,10 +133,36 @@ impl VolumeError {
     }
 }
 
+/// The storage of a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum VolumeKind {
+    /// A sparse disk with a file system, to which one VM at a time writes.
+    #[default]
+    Disk,
+    /// A directory of the host, which several VMs use at a time. Host and guest share its
+    /// files; databases are slower on it than on a disk.
+    #[serde(rename = "dir")]
+    Directory,
+}
+
+impl VolumeKind {
+    /// Returns its name, as in JSON: `disk` or `dir`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Directory => "dir",
+        }
+    }
+}
+
 /// Options of a new volume.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct VolumeOptions {
+    kind: VolumeKind,
     size: Option<u64>,
     labels: BTreeMap<String, String>,
     anonymous: bool,
@@ -139,7 +175,14 @@ impl VolumeOptions {
         Self::default()
     }
 
-    /// Sets the size in bytes, rounded up to a multiple of 4096; from [`MIN_VOLUME_BYTES`] to
+    /// Sets the storage; the default is a disk.
+    #[must_use]
+    pub fn kind(mut self, kind: VolumeKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// Sets the size in bytes of a disk, rounded up to a multiple of 4096; from [`MIN_VOLUME_BYTES`] to
     /// [`MAX_VOLUME_BYTES`].
     #[must_use]
     pub fn size(mut self, bytes: u64) -> Self {
@@ -164,8 +207,8 @@ impl VolumeOptions {
 /// # let directory = tempfile::tempdir().expect("a temporary directory");
 /// let sm = Sm::builder().below(directory.path()).build()?;
 /// let volume = sm.volumes().create(Some("db"), &VolumeOptions::new().size(1 << 30))?;
-/// assert_eq!((volume.name(), volume.size_bytes()), ("db", 1 << 30));
-/// assert!(volume.disk_bytes() < 1 << 20);
+/// assert_eq!((volume.name(), volume.size_bytes()), ("db", Some(1 << 30)));
+/// assert!(volume.disk_bytes().is_some_and(|bytes| bytes < 1 << 20));
 /// sm.volumes().remove("db")?;
 /// # Ok(())
 /// # }
@@ -173,8 +216,10 @@ impl VolumeOptions {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Volume {
     name: String,
-    size_bytes: u64,
-    disk_bytes: u64,
+    #[serde(rename = "type")]
+    kind: VolumeKind,
+    size_bytes: Option<u64>,
+    disk_bytes: Option<u64>,
     created_ns: u64,
     labels: BTreeMap<String, String>,
     anonymous: bool,
@@ -189,16 +234,23 @@ impl Volume {
         &self.name
     }
 
-    /// Returns its size in bytes, as its file system has it.
+    /// Returns its storage.
     #[must_use]
-    pub fn size_bytes(&self) -> u64 {
+    pub fn kind(&self) -> VolumeKind {
+        self.kind
+    }
+
+    /// Returns its size in bytes, as its file system has it; `None` for a directory, which has
+    /// the space of the host's file system.
+    #[must_use]
+    pub fn size_bytes(&self) -> Option<u64> {
         self.size_bytes
     }
 
     /// Returns the space in bytes that its own layers took on the host when this value was
-    /// made.
+    /// made; `None` for a directory, all of which would have to be read.
     #[must_use]
-    pub fn disk_bytes(&self) -> u64 {
+    pub fn disk_bytes(&self) -> Option<u64> {
         self.disk_bytes
     }
 
@@ -220,7 +272,7 @@ impl Volume {
         self.anonymous
     }
 
-    /// Returns its directory.
+    /// Returns its directory: that of the files, or that of the disk.
     #[must_use]
     pub fn path(&self) -> &std::path::Path {
         &self.path
@@ -278,7 +330,7 @@ impl Volumes {
     /// until they change it. It takes the same time for every size.
     ///
     /// # Errors
-    /// A VM uses the source, or the name is taken.
+    /// A VM uses the source, which is a disk, or the name is taken.
     pub fn copy(&self, source: &str, name: &str) -> Result<Volume, Error> {
         Ok(self.store()?.copy(source, name)?)
     }

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use sm_control::config::{MountSourceV1, MountV1};
-use sm_control::launch::{MountRequest, MountSource};
+use sm_control::config::{HostOptionsV1, MountSourceV1, MountV1};
+use sm_control::launch::{MountRequest, MountSource, VolumeShare};
 
-use super::{VolumeError, VolumeOptions, Volumes, host};
+use super::{VolumeError, VolumeKind, VolumeOptions, Volumes, host};
 use crate::{Error, OptionError};
 
 /// Returns the mounts for a launch request, parents before children. Volumes that do not
@@ -24,29 +24,17 @@ pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<Moun
         }
         let source = match &mount.source {
             MountSourceV1::Volume {
-                name,
-                copy,
-                anonymous,
+                name: None, copy, ..
             } => MountSource::Volume {
-                name: name.clone().unwrap_or_default(),
-                directory: match name {
-                    Some(name) => {
-                        let volume = match volumes.get(name) {
-                            Err(Error::Volume(VolumeError::NotFound(_))) => {
-                                let options = VolumeOptions {
-                                    anonymous: *anonymous,
-                                    ..VolumeOptions::new()
-                                };
-                                volumes.create(Some(name), &options)
-                            }
-                            found => found,
-                        };
-                        Some(volume?.path().to_owned())
-                    }
-                    None => None,
-                },
+                name: String::new(),
+                directory: None,
                 copy: *copy,
             },
+            MountSourceV1::Volume {
+                name: Some(name),
+                copy,
+                anonymous,
+            } => of_volume(volumes, name, *copy, *anonymous)?,
             MountSourceV1::Host { path, options } => {
                 host::resolved(volumes.sm.home(), path, *options, mount.read_only)?
             }
@@ -66,10 +54,74 @@ pub(crate) fn requests(volumes: &Volumes, mounts: &[MountV1]) -> Result<Vec<Moun
     Ok(requests)
 }
 
+/// Returns the source of a volume, which is created if it does not exist.
+fn of_volume(
+    volumes: &Volumes,
+    name: &str,
+    copy: bool,
+    anonymous: bool,
+) -> Result<MountSource, Error> {
+    let volume = match volumes.get(name) {
+        Err(Error::Volume(VolumeError::NotFound(_))) => {
+            let options = VolumeOptions {
+                anonymous,
+                ..VolumeOptions::new()
+            };
+            volumes.create(Some(name), &options)?
+        }
+        found => found?,
+    };
+    let name = name.to_owned();
+    Ok(match volume.kind() {
+        VolumeKind::Disk => MountSource::Volume {
+            name,
+            directory: Some(volume.path().to_owned()),
+            copy,
+        },
+        VolumeKind::Directory => MountSource::Host {
+            directory: volume.path().canonicalize().map_err(|source| Error::File {
+                operation: "mount",
+                path: volume.path().to_owned(),
+                source,
+            })?,
+            file: None,
+            options: HostOptionsV1::default(),
+            volume: Some(VolumeShare { name, copy }),
+        },
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Mount;
     use super::*;
+
+    #[test]
+    fn a_directory_is_shared_and_a_disk_is_inserted() {
+        let dir = tempfile::tempdir().unwrap();
+        let sm = crate::Sm::builder().below(dir.path()).build().unwrap();
+        let volumes = sm.volumes();
+        let options = VolumeOptions::new().kind(VolumeKind::Directory);
+        volumes.create(Some("shared"), &options).unwrap();
+        let mounts = [
+            Mount::volume("shared", "/a").without_copy(),
+            Mount::volume("disk", "/b"),
+        ];
+        let found = requests(&volumes, &mounts.map(|mount| mount.stored())).unwrap();
+        let MountSource::Host {
+            directory,
+            file: None,
+            volume: Some(volume),
+            ..
+        } = &found[0].source
+        else {
+            panic!("{found:?}");
+        };
+        assert!(directory.is_dir() && directory.ends_with("volumes/shared/data"));
+        assert_eq!((volume.name.as_str(), volume.copy), ("shared", false));
+        assert!(matches!(found[1].source, MountSource::Volume { .. }));
+        assert_eq!(super::super::warnings(sm.home(), &found), [""; 0]);
+    }
 
     #[test]
     fn parents_come_first_and_targets_differ() {

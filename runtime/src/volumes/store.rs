@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -14,13 +16,16 @@ use sm_control::id::{hex, is_valid_name, random};
 use sm_vmm::disks::{DiskDirectory, Templates};
 
 use super::{
-    DEFAULT_VOLUME_BYTES, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, Volume, VolumeError, VolumeOptions,
+    DEFAULT_VOLUME_BYTES, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, Volume, VolumeError, VolumeKind,
+    VolumeOptions, tree,
 };
 use crate::home::Home;
 
 const DESCRIPTION: &str = "volume.json";
 const LOCK: &str = "lock";
 const DISK: &str = "disk";
+/// The directory with the files of a volume that is one.
+const DATA: &str = "data";
 /// Lock file that serialises creation and removal of names.
 const NAMES_LOCK: &str = ".lock";
 /// Prefix of directories that are created or removed; names do not begin with it.
@@ -32,6 +37,10 @@ const MAX_DESCRIPTION: u64 = 1 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 struct VolumeFileV1 {
     version: u32,
+    /// Programs before it created disks only.
+    #[serde(default)]
+    kind: VolumeKind,
+    /// 0 for a directory.
     size_bytes: u64,
     created_ns: u64,
     #[serde(default)]
@@ -132,21 +141,39 @@ impl VolumeStore {
             Err(VolumeError::NotFound(_)) => {}
             found => return found,
         }
-        let size_bytes = options.size.unwrap_or(DEFAULT_VOLUME_BYTES);
-        let size_bytes = size_bytes.next_multiple_of(4096);
-        if !(MIN_VOLUME_BYTES..=MAX_VOLUME_BYTES).contains(&size_bytes) {
-            return Err(VolumeError::Size(size_bytes));
-        }
+        let size_bytes = match options.kind {
+            VolumeKind::Disk => checked_size(options.size)?,
+            VolumeKind::Directory if options.size.is_some() => {
+                return Err(VolumeError::SizeOfDirectory);
+            }
+            VolumeKind::Directory => 0,
+        };
         let file = VolumeFileV1 {
             version: VERSION,
+            kind: options.kind,
             size_bytes,
             created_ns: now_ns(),
             labels: options.labels.clone(),
             anonymous,
         };
-        let disk_error = disk_error(&name);
-        let template = self.templates.get(size_bytes).map_err(disk_error)?;
-        match self.publish(&name, &file, |disk| disk.create(&[template]).map(drop)) {
+        let created = match options.kind {
+            VolumeKind::Disk => {
+                let template = self.templates.get(size_bytes).map_err(disk_error(&name))?;
+                self.publish(&name, &file, |fresh| {
+                    let disk = DiskDirectory::at(fresh.join(DISK));
+                    disk.create(&[template]).map_err(disk_error(&name))?;
+                    Ok(())
+                })
+            }
+            VolumeKind::Directory => self.publish(&name, &file, |fresh| {
+                let path = fresh.join(DATA);
+                // The mode is that of the volume's root in guests.
+                fs::create_dir(&path)
+                    .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+                    .map_err(io_error("create directory", &path))
+            }),
+        };
+        match created {
             // Another process was first.
             Err(VolumeError::Exists(_)) => self.get(&name),
             Err(error) => Err(error),
@@ -166,8 +193,14 @@ impl VolumeStore {
             anonymous: false,
             ..self.read(source)?
         };
+        if file.kind != VolumeKind::Disk {
+            return Err(VolumeError::CloneOfDirectory(source.to_owned()));
+        }
         let from = self.disk(source);
-        self.publish(name, &file, |disk| from.clone_to(disk))?;
+        self.publish(name, &file, |fresh| {
+            let disk = DiskDirectory::at(fresh.join(DISK));
+            from.clone_to(&disk).map_err(disk_error(name))
+        })?;
         self.get(name)
     }
 
@@ -180,7 +213,7 @@ impl VolumeStore {
         &self,
         name: &str,
         file: &VolumeFileV1,
-        create: impl FnOnce(&DiskDirectory) -> Result<(), sm_vmm::disks::DiskError>,
+        create: impl FnOnce(&Path) -> Result<(), VolumeError>,
     ) -> Result<(), VolumeError> {
         let fresh = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
         create_directory(&fresh, false)?;
@@ -196,7 +229,7 @@ impl VolumeStore {
         fresh: &Path,
         name: &str,
         file: &VolumeFileV1,
-        create: impl FnOnce(&DiskDirectory) -> Result<(), sm_vmm::disks::DiskError>,
+        create: impl FnOnce(&Path) -> Result<(), VolumeError>,
     ) -> Result<(), VolumeError> {
         let path = fresh.join(DESCRIPTION);
         let json = serde_json::to_vec_pretty(file);
@@ -204,7 +237,7 @@ impl VolumeStore {
             .and_then(|json| write_durably(&path, &json))
             .map_err(io_error("write", &path))?;
         lock(&fresh.join(LOCK), FlockOperation::NonBlockingLockShared)?;
-        create(&DiskDirectory::at(fresh.join(DISK))).map_err(disk_error(name))?;
+        create(fresh)?;
         let _names = self.names_lock()?;
         let path = self.path(name);
         if path.exists() {
@@ -246,21 +279,34 @@ impl VolumeStore {
     pub(super) fn get(&self, name: &str) -> Result<Volume, VolumeError> {
         check_name(name)?;
         let file = self.read(name)?;
+        let is_disk = file.kind == VolumeKind::Disk;
+        Ok(Volume {
+            name: name.to_owned(),
+            kind: file.kind,
+            size_bytes: is_disk.then_some(file.size_bytes),
+            disk_bytes: match is_disk {
+                true => Some(self.own_bytes(name)?),
+                false => None,
+            },
+            created_ns: file.created_ns,
+            labels: file.labels,
+            anonymous: file.anonymous,
+            path: match is_disk {
+                true => self.path(name),
+                false => self.path(name).join(DATA),
+            },
+        })
+    }
+
+    /// Returns the space of a disk's layers that nothing else uses, in bytes.
+    fn own_bytes(&self, name: &str) -> Result<u64, VolumeError> {
         let layers = self.disk(name).layers().map_err(disk_error(name))?;
         // Layers with other names are shared with templates, snapshots or copies.
         let own = |path: &PathBuf| {
             let metadata = fs::metadata(path).ok()?;
             (metadata.nlink() == 1).then_some(metadata.blocks() * 512)
         };
-        Ok(Volume {
-            name: name.to_owned(),
-            size_bytes: file.size_bytes,
-            disk_bytes: layers.iter().filter_map(own).sum(),
-            created_ns: file.created_ns,
-            labels: file.labels,
-            anonymous: file.anonymous,
-            path: self.path(name),
-        })
+        Ok(layers.iter().filter_map(own).sum())
     }
 
     /// Returns the names of all volumes, in order.
@@ -303,7 +349,17 @@ impl VolumeStore {
             let _names = self.names_lock()?;
             fs::rename(&path, &grave).map_err(io_error("remove", &path))?;
         }
-        fs::remove_dir_all(&grave).map_err(io_error("remove", &grave))
+        tree::remove(&grave).map_err(io_error("remove", &grave))
+    }
+}
+
+/// Returns the size of a disk, in bytes.
+fn checked_size(size: Option<u64>) -> Result<u64, VolumeError> {
+    let bytes = size.unwrap_or(DEFAULT_VOLUME_BYTES);
+    let bytes = bytes.checked_next_multiple_of(4096).unwrap_or(u64::MAX);
+    match (MIN_VOLUME_BYTES..=MAX_VOLUME_BYTES).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(VolumeError::Size(bytes)),
     }
 }
 

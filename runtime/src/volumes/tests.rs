@@ -52,7 +52,7 @@ fn volumes_are_created_once_listed_and_removed() {
     assert!(names(&volumes).is_empty());
     let options = small().label("tier", "db");
     let made = volumes.create(Some("data"), &options).unwrap();
-    assert_eq!(made.size_bytes(), 16 << 20);
+    assert_eq!(made.size_bytes(), Some(16 << 20));
     assert_eq!(made.labels()["tier"], "db");
     assert!(!made.is_anonymous());
     // The same name is the same volume, whatever its options.
@@ -126,7 +126,7 @@ fn a_copy_has_the_content_and_a_life_of_its_own() {
     opened.flush().unwrap();
     drop(opened);
     let copy = volumes.copy("data", "copy").unwrap();
-    assert_eq!(copy.size_bytes(), 16 << 20);
+    assert_eq!(copy.size_bytes(), Some(16 << 20));
     let error = volumes.copy("data", "copy").unwrap_err();
     assert_eq!(error.to_string(), "a volume named \"copy\" exists already");
     volumes.remove("data").unwrap();
@@ -219,4 +219,46 @@ fn names_are_listed_without_reading_volumes() {
     let bad = volumes.create(Some("bad"), &small()).unwrap();
     fs::remove_file(bad.path().join("volume.json")).unwrap();
     assert_eq!(volumes.names().unwrap(), ["bad"]);
+}
+
+#[test]
+fn a_directory_has_no_size_and_is_not_cloned() {
+    let Fixture { volumes, .. } = fixture();
+    let options = VolumeOptions::new().kind(VolumeKind::Directory);
+    let volume = volumes.create(Some("dir"), &options).unwrap();
+    assert_eq!((volume.size_bytes(), volume.disk_bytes()), (None, None));
+    assert_eq!(volumes.get("dir").unwrap(), volume);
+    let json = serde_json::to_value(&volume).unwrap();
+    assert_eq!(
+        (&json["type"], &json["size_bytes"]),
+        (&"dir".into(), &serde_json::Value::Null)
+    );
+    let sized = volumes.create(Some("other"), &options.size(1 << 30));
+    assert_eq!(sized.unwrap_err().kind(), ErrorKind::Invalid);
+    let cloned = volumes.copy("dir", "copy").unwrap_err().to_string();
+    assert_eq!(
+        cloned,
+        "volume \"dir\" is a directory: only disks can be cloned"
+    );
+    // All that guests wrote is counted, and removed.
+    fs::create_dir_all(volume.path().join("a/b")).unwrap();
+    fs::write(volume.path().join("a/b/f"), vec![1; 1 << 20]).unwrap();
+    assert!(volumes.disk_usage().unwrap().reclaimable_bytes >= 1 << 20);
+    let pruned = volumes.prune(|_| true).unwrap();
+    assert!(pruned.bytes >= 1 << 20 && pruned.names == ["dir"]);
+    assert!(!volume.path().exists());
+}
+
+#[test]
+fn volumes_of_earlier_programs_are_disks() {
+    let Fixture { volumes, .. } = fixture();
+    let volume = volumes.create(Some("old"), &small()).unwrap();
+    let path = volume.path().join("volume.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert_eq!(
+        json.as_object_mut().unwrap().remove("kind"),
+        Some("disk".into())
+    );
+    fs::write(&path, json.to_string()).unwrap();
+    assert_eq!(volumes.get("old").unwrap(), volume);
 }

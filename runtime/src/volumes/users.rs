@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use sm_control::config::MountSourceV1;
 
 use super::store::VolumeStore;
-use super::{Volume, VolumeError, Volumes};
+use super::{Volume, VolumeError, Volumes, tree};
 use crate::record::{Record, Records};
 use crate::system::DiskUsage;
 use crate::{Error, ErrorKind};
@@ -66,6 +66,12 @@ fn remove(store: &VolumeStore, users: &Users, name: &str) -> Result<(), VolumeEr
     }
 }
 
+/// Returns the space on the host that a volume's removal frees, in bytes.
+fn space_of(volume: &Volume) -> u64 {
+    let measured = || tree::space_of(volume.path());
+    volume.disk_bytes().unwrap_or_else(measured)
+}
+
 impl Volumes {
     /// Returns the names of the VMs that refer to each volume, running or not. Volumes without
     /// any are absent.
@@ -112,9 +118,10 @@ impl Volumes {
             if !select(&volume) {
                 continue;
             }
+            let bytes = space_of(&volume);
             match remove(&store, &users, &name) {
                 Ok(()) => {
-                    pruned.bytes = pruned.bytes.saturating_add(volume.disk_bytes());
+                    pruned.bytes = pruned.bytes.saturating_add(bytes);
                     pruned.names.push(name);
                 }
                 // The process of a VM that was removed has not ended yet, or has this moment.
@@ -136,7 +143,7 @@ impl Volumes {
         let users = self.users()?;
         let mut usage = DiskUsage::default();
         for volume in self.list()?.0 {
-            let bytes = volume.disk_bytes();
+            let bytes = space_of(&volume);
             usage.total += 1;
             usage.bytes = usage.bytes.saturating_add(bytes);
             match users.contains_key(volume.name()) {

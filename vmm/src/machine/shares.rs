@@ -29,6 +29,7 @@ pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, S
             directory,
             file,
             options: chosen,
+            volume,
         } = &mount.source
         else {
             continue;
@@ -45,7 +46,10 @@ pub(super) fn device(request: &LaunchRequest, files: (u32, u32)) -> Result<Fs, S
         let opened = opened.map_err(|errno| failed(&std::io::Error::from(errno)))?;
         let options = ShareOptions::default()
             .read_only(mount.read_only)
-            .owner(owner(chosen.owner, user)?)
+            .owner(match volume {
+                Some(_) => owner_in_volume(),
+                None => owner(chosen.owner, user)?,
+            })
             .chown(chown(chosen.chown)?)
             .submounts(true);
         let name = number.to_string();
@@ -75,6 +79,15 @@ fn owner(chosen: Option<HostOwner>, user: &str) -> Result<ShareOwner, String> {
         Some(HostOwner::Keep) => Ok(ShareOwner::Keep),
         Some(HostOwner::Fixed { uid, gid }) => Ok(ShareOwner::Fixed { uid, gid }),
         Some(other) => Err(format!("this program does not know the owners {other:?}")),
+    }
+}
+
+/// Returns the owners that the guest sees in a volume, which are those that guests gave: root
+/// of the host can store them, another user has files of its root, and marks all others.
+fn owner_in_volume() -> ShareOwner {
+    match rustix::process::geteuid().is_root() {
+        true => ShareOwner::Keep,
+        false => ShareOwner::Squash { uid: 0, gid: 0 },
     }
 }
 

@@ -22,10 +22,11 @@ pub(super) fn of_guest(requested: &[MountRequest]) -> Vec<GuestMount> {
                 device: device(volumes.next().unwrap_or(u8::MAX)),
                 copy: *copy,
             },
-            MountSource::Host { file, .. } => GuestMountSource::Shared {
+            MountSource::Host { file, volume, .. } => GuestMountSource::Shared {
                 // As `machine/shares.rs` names them.
                 name: shares.next().unwrap_or(u32::MAX).to_string(),
                 file: file.clone(),
+                copy: volume.as_ref().is_some_and(|volume| volume.copy),
             },
             MountSource::Tmpfs { size, mode } => GuestMountSource::Tmpfs {
                 size: *size,
@@ -66,6 +67,7 @@ mod tests {
             options: HostOptionsV1::default(),
             directory: "/x".into(),
             file: file.map(str::to_owned),
+            volume: None,
         };
         let requested = [
             mount(volume("a"), "/a"),
@@ -86,6 +88,7 @@ mod tests {
         let shared = |name: &str, file: Option<&str>| GuestMountSource::Shared {
             name: name.to_owned(),
             file: file.map(str::to_owned),
+            copy: false,
         };
         assert_eq!(
             sources,
