@@ -7,6 +7,8 @@ use crate::wire::{SynOptions, TcpFlags, TcpSegment};
 pub(crate) const SCALE: u8 = 8;
 /// Acknowledgments of one number after which a segment is taken for lost (RFC 5681 3.2).
 const DUPLICATES: u8 = 3;
+/// Window that is enough until the next segment of the guest is acknowledged anyway.
+const LOW_WINDOW: u32 = 32 << 10;
 /// Maximum payload of a segment if the guest does not say (RFC 9293 3.7.1).
 const DEFAULT_MSS: [u16; 2] = [536, 1220];
 /// Smallest maximum that is accepted: a smaller one is more headers than content.
@@ -371,14 +373,15 @@ impl Control {
         field
     }
 
-    /// Returns true if the guest should be notified of room for `room` bytes: at least
-    /// twice what it knows of, and a whole segment more.
+    /// Returns true if the guest should be notified of room for `room` bytes: it knows
+    /// of little, and there is at least twice as much, and a whole segment more.
     pub(crate) fn worth_granting(&self, room: u32) -> bool {
         let most = u32::from(u16::MAX) << self.scale.map_or(0, |_| SCALE);
         let room = room.min(most);
         let granted = distance(self.receive_next, self.receive_edge);
         self.phase == Phase::Open
             && !self.guest_ended
+            && granted < LOW_WINDOW
             && room / 2 >= granted
             && room.saturating_sub(granted) >= u32::from(self.mss)
     }
