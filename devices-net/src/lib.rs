@@ -12,6 +12,8 @@
 //! | `receive` | frames for the guest, in its receive buffers |
 //! | `header` | the header of each frame |
 //! | `engine` | the network of a process: a gateway to the host's sockets |
+//! | `dns` | messages of name servers |
+//! | `policy` | rules about what a guest may reach |
 //! | `wire` | headers of Ethernet, ARP, IP, ICMP, UDP and TCP |
 //! | `counters` | counters that any thread reads |
 //! | `saved` | the bytes of the saved state |
@@ -24,8 +26,10 @@ struct Readme;
 mod backend;
 mod counters;
 mod device;
+pub mod dns;
 pub mod engine;
 mod header;
+pub mod policy;
 mod receive;
 mod saved;
 pub mod wire;

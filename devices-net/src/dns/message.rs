@@ -1,0 +1,330 @@
+//! Questions, the addresses in answers, and refusals.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use thiserror::Error;
+
+/// Length of a message's header in bytes.
+pub const DNS_HEADER: usize = 12;
+/// Longest name in bytes, in text.
+const MAX_NAME: usize = 253;
+/// Maximum number of references in a name: more than a name has labels.
+const MAX_REFERENCES: usize = 128;
+
+const TYPE_A: u16 = 1;
+const TYPE_AAAA: u16 = 28;
+const TYPE_OPT: u16 = 41;
+const TYPE_SVCB: u16 = 64;
+const TYPE_HTTPS: u16 = 65;
+const CLASS_IN: u16 = 1;
+/// Parameters of SVCB records with addresses (RFC 9460 14.3.2).
+const IPV4_HINT: u16 = 4;
+const IPV6_HINT: u16 = 6;
+
+/// Flags in the third and fourth byte of a message.
+const RESPONSE: u8 = 0x80;
+const OPCODE: u8 = 0x78;
+const RECURSION_DESIRED: u8 = 0x01;
+const RECURSION_AVAILABLE: u8 = 0x80;
+const CODE: u8 = 0x0f;
+
+/// Reason why a message was not understood.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MalformedMessage {
+    /// The message ends within a part of it.
+    #[error("the message is truncated")]
+    Truncated,
+    /// It is a response where a question is expected, or the other way round.
+    #[error("the message is not of the expected kind")]
+    Kind,
+    /// It has no question, or several.
+    #[error("the message has not exactly one question")]
+    Questions,
+    /// A name is too long, or refers to itself.
+    #[error("a name in the message is malformed")]
+    Name,
+}
+
+/// The code of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ResponseCode {
+    /// The question is malformed.
+    FormatError,
+    /// The servers do not answer.
+    ServerFailure,
+    /// There is no such name.
+    NoSuchName,
+    /// The kind of question is not supported.
+    NotImplemented,
+}
+
+impl ResponseCode {
+    fn number(self) -> u8 {
+        match self {
+            Self::FormatError => 1,
+            Self::ServerFailure => 2,
+            Self::NoSuchName => 3,
+            Self::NotImplemented => 4,
+        }
+    }
+}
+
+/// The question of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DnsQuestion {
+    /// Number of the message.
+    pub id: u16,
+    /// The name in lower case, without a dot at the end. Bytes that are not those of host names
+    /// are replaced, so that the text is not the name of another host.
+    pub name: String,
+    /// The type of the records in question.
+    pub kind: u16,
+    /// The end of the question in the message.
+    pub end: usize,
+    is_standard: bool,
+}
+
+impl DnsQuestion {
+    /// Parses the question of a guest.
+    ///
+    /// # Errors
+    /// The message is malformed, or not a question.
+    pub fn parse(message: &[u8]) -> Result<Self, MalformedMessage> {
+        Self::parse_kind(message, false)
+    }
+
+    /// Parses the question that a response answers.
+    ///
+    /// # Errors
+    /// The message is malformed, or not a response.
+    pub fn parse_response(message: &[u8]) -> Result<Self, MalformedMessage> {
+        Self::parse_kind(message, true)
+    }
+
+    fn parse_kind(message: &[u8], response: bool) -> Result<Self, MalformedMessage> {
+        let header = message.first_chunk::<DNS_HEADER>();
+        let &[a, b, flags, _, c, d, ..] = header.ok_or(MalformedMessage::Truncated)?;
+        if (flags & RESPONSE != 0) != response {
+            return Err(MalformedMessage::Kind);
+        }
+        if [c, d] != [0, 1] {
+            return Err(MalformedMessage::Questions);
+        }
+        let (name, after) = read_name(message, DNS_HEADER)?;
+        let kind = read_u16(message, after)?;
+        read_u16(message, after + 2)?;
+        Ok(Self {
+            id: u16::from_be_bytes([a, b]),
+            name,
+            kind,
+            end: after + 4,
+            is_standard: flags & OPCODE == 0,
+        })
+    }
+
+    /// Returns true for a standard query.
+    #[must_use]
+    pub fn is_standard(&self) -> bool {
+        self.is_standard
+    }
+}
+
+/// Returns true if `response` answers `question`, byte for byte: its number, name and type.
+#[must_use]
+pub fn answers(question: &[u8], response: &[u8]) -> bool {
+    let (Ok(asked), Ok(answered)) = (
+        DnsQuestion::parse(question),
+        DnsQuestion::parse_response(response),
+    ) else {
+        return false;
+    };
+    let same = |end| question.get(DNS_HEADER..end) == response.get(DNS_HEADER..end);
+    asked.id == answered.id && asked.end == answered.end && same(asked.end)
+}
+
+/// An address in a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DnsAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// Time for which it is valid, in seconds.
+    pub ttl: u32,
+}
+
+/// Calls `found` with each address in the answers and additional records of a response, hints
+/// of services included; returns its code.
+///
+/// # Errors
+/// The response is malformed.
+pub fn addresses(
+    response: &[u8],
+    mut found: impl FnMut(DnsAddress),
+) -> Result<u8, MalformedMessage> {
+    let question = DnsQuestion::parse_response(response)?;
+    let mut at = question.end;
+    let records = (0..3).map(|section| read_u16(response, 6 + 2 * section).map(u32::from));
+    let records = records.sum::<Result<u32, _>>()?;
+    for _ in 0..records {
+        at = read_record(response, at, &mut found)?;
+    }
+    let code = response
+        .get(3)
+        .copied()
+        .ok_or(MalformedMessage::Truncated)?;
+    Ok(code & CODE)
+}
+
+/// Reads a record; returns its end.
+fn read_record(
+    message: &[u8],
+    at: usize,
+    found: &mut impl FnMut(DnsAddress),
+) -> Result<usize, MalformedMessage> {
+    let at = skip_name(message, at)?;
+    let (kind, class) = (read_u16(message, at)?, read_u16(message, at + 2)?);
+    let ttl = u32::from(read_u16(message, at + 4)?) << 16 | u32::from(read_u16(message, at + 6)?);
+    let len = usize::from(read_u16(message, at + 8)?);
+    let start = at + 10;
+    let data = message.get(start..start + len);
+    let data = data.ok_or(MalformedMessage::Truncated)?;
+    if class == CLASS_IN {
+        let mut found = |address| found(DnsAddress { address, ttl });
+        match kind {
+            TYPE_A => ipv4(data, &mut found),
+            TYPE_AAAA => ipv6(data, &mut found),
+            TYPE_SVCB | TYPE_HTTPS => hints(data, &mut found)?,
+            _ => {}
+        }
+    }
+    Ok(start + len)
+}
+
+fn ipv4(data: &[u8], found: &mut impl FnMut(IpAddr)) {
+    let addresses = data.as_chunks::<4>().0;
+    addresses
+        .iter()
+        .for_each(|it| found(Ipv4Addr::from(*it).into()));
+}
+
+fn ipv6(data: &[u8], found: &mut impl FnMut(IpAddr)) {
+    let addresses = data.as_chunks::<16>().0;
+    addresses
+        .iter()
+        .for_each(|it| found(Ipv6Addr::from(*it).into()));
+}
+
+/// Reads the hints of a service binding (RFC 9460 2.2).
+fn hints(data: &[u8], found: &mut impl FnMut(IpAddr)) -> Result<(), MalformedMessage> {
+    // Priority, and the name of the target, which is not compressed.
+    let mut at = skip_name(data, 2)?;
+    while at < data.len() {
+        let (key, len) = (read_u16(data, at)?, usize::from(read_u16(data, at + 2)?));
+        let value = data.get(at + 4..at + 4 + len);
+        let value = value.ok_or(MalformedMessage::Truncated)?;
+        match key {
+            IPV4_HINT => ipv4(value, found),
+            IPV6_HINT => ipv6(value, found),
+            _ => {}
+        }
+        at += 4 + len;
+    }
+    Ok(())
+}
+
+/// Writes the response to `question` that refuses it, into `response`.
+pub fn refusal(question: &[u8], code: ResponseCode, response: &mut Vec<u8>) {
+    response.clear();
+    let (end, count) = match DnsQuestion::parse(question) {
+        Ok(parsed) => (parsed.end, 1),
+        Err(_) => (DNS_HEADER, 0),
+    };
+    let Some(copied) = question.get(..end) else {
+        return;
+    };
+    response.extend_from_slice(copied);
+    let Some(header) = response.first_chunk_mut::<DNS_HEADER>() else {
+        return;
+    };
+    header[2] = RESPONSE | header[2] & (OPCODE | RECURSION_DESIRED);
+    header[3] = RECURSION_AVAILABLE | code.number();
+    header[4..].copy_from_slice(&[0, count, 0, 0, 0, 0, 0, 0]);
+    if has_options(question, end) {
+        header[11] = 1;
+        // An empty name, the type, 1232 bytes (RFC 9715), and nothing else.
+        let [high, low] = TYPE_OPT.to_be_bytes();
+        response.extend_from_slice(&[0, high, low, 4, 208, 0, 0, 0, 0, 0, 0]);
+    }
+}
+
+/// Returns true if a question has the options of RFC 6891.
+fn has_options(question: &[u8], end: usize) -> bool {
+    let is_options = || {
+        let at = skip_name(question, end)?;
+        read_u16(question, at).map(|kind| kind == TYPE_OPT)
+    };
+    question.get(10..12) == Some(&[0, 1]) && is_options() == Ok(true)
+}
+
+fn read_u16(bytes: &[u8], at: usize) -> Result<u16, MalformedMessage> {
+    let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
+    word.map(|word| u16::from_be_bytes(*word))
+        .ok_or(MalformedMessage::Truncated)
+}
+
+/// Returns the position after a name.
+fn skip_name(message: &[u8], at: usize) -> Result<usize, MalformedMessage> {
+    let mut at = at;
+    loop {
+        let len = *message.get(at).ok_or(MalformedMessage::Truncated)?;
+        match len {
+            0 => return Ok(at + 1),
+            1..=63 => at += 1 + usize::from(len),
+            0xc0.. => return Ok(at + 2),
+            _ => return Err(MalformedMessage::Name),
+        }
+    }
+}
+
+/// Returns a name as text, and the position after it.
+fn read_name(message: &[u8], start: usize) -> Result<(String, usize), MalformedMessage> {
+    let mut name = String::new();
+    let mut at = start;
+    for _ in 0..MAX_REFERENCES {
+        let len = *message.get(at).ok_or(MalformedMessage::Truncated)?;
+        match len {
+            0 => return Ok((name, skip_name(message, start)?)),
+            1..=63 => {
+                let label = message.get(at + 1..at + 1 + usize::from(len));
+                let label = label.ok_or(MalformedMessage::Truncated)?;
+                if !name.is_empty() {
+                    name.push('.');
+                }
+                name.extend(label.iter().map(|byte| text(*byte)));
+                if name.len() > MAX_NAME {
+                    return Err(MalformedMessage::Name);
+                }
+                at += 1 + usize::from(len);
+            }
+            // A reference: the lower 14 bits are a position.
+            0xc0.. => at = usize::from(read_u16(message, at)? & 0x3fff),
+            _ => return Err(MalformedMessage::Name),
+        }
+    }
+    Err(MalformedMessage::Name)
+}
+
+/// A character that stands for a byte of a name.
+fn text(byte: u8) -> char {
+    match byte.to_ascii_lowercase() {
+        byte @ (b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_') => char::from(byte),
+        // No host has such a name.
+        _ => '?',
+    }
+}
+
+#[cfg(test)]
+mod tests;

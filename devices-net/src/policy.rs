@@ -1,0 +1,186 @@
+//! Rules about what a guest may reach, as values without input or output.
+//!
+//! A [`NetPolicy`] has rules that allow and rules that deny. Denying rules win. Without an
+//! allowing rule, public addresses are allowed. Addresses of cloud metadata services are
+//! allowed only by a rule whose target is `metadata`.
+//!
+//! ```
+//! use std::time::Instant;
+//!
+//! use sm_devices_net::engine::FlowProtocol;
+//! use sm_devices_net::policy::{DnsPins, HostAddresses, NetPolicy};
+//!
+//! # fn main() -> Result<(), sm_devices_net::policy::NetRuleError> {
+//! let policy = NetPolicy::new(vec!["tcp:*.example.com:443".parse()?], Vec::new());
+//! let (host, mut pins) = (HostAddresses::default(), DnsPins::new(100));
+//! let address = "198.51.100.7:443".parse().unwrap();
+//! let now = Instant::now();
+//! let verdict = policy.judge(FlowProtocol::Tcp, address, &host, &pins, now);
+//! assert!(!verdict.is_allowed());
+//! // The guest has asked for the name, and got this address.
+//! pins.pin("www.example.com", address.ip(), 60, now);
+//! let verdict = policy.judge(FlowProtocol::Tcp, address, &host, &pins, now);
+//! assert!(verdict.is_allowed());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Architecture invariants: an address in another form (mapped, translated) is judged as the
+//! one that it reaches; a name never allows an address of the host or a metadata service.
+
+mod address;
+mod pins;
+mod rule;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use crate::engine::FlowProtocol;
+
+pub use self::address::{AddressClass, HostAddresses, effective_address};
+pub use self::pins::DnsPins;
+pub use self::rule::{AddressRange, NamePattern, NetRule, NetRuleError, RuleTarget};
+
+/// Rules about what a guest may reach.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetPolicy {
+    allow: Vec<NetRule>,
+    deny: Vec<NetRule>,
+}
+
+/// The decision about a flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PolicyVerdict {
+    /// A rule allows it.
+    Allowed(NetRule),
+    /// It is public, and no rule says what is allowed.
+    AllowedByDefault,
+    /// A rule denies it.
+    Denied(NetRule),
+    /// No rule allows it; this one would.
+    NotAllowed(NetRule),
+    /// Its address is not that of one host.
+    NotUnicast,
+}
+
+impl PolicyVerdict {
+    /// Returns true if the flow is allowed.
+    #[must_use]
+    pub fn is_allowed(&self) -> bool {
+        matches!(self, Self::Allowed(_) | Self::AllowedByDefault)
+    }
+}
+
+impl fmt::Display for PolicyVerdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allowed(rule) => write!(f, "allowed by \"{rule}\""),
+            Self::AllowedByDefault => f.write_str("public"),
+            Self::Denied(rule) => write!(f, "denied by \"{rule}\""),
+            Self::NotAllowed(rule) => write!(f, "not allowed; \"{rule}\" would allow it"),
+            Self::NotUnicast => f.write_str("not the address of one host"),
+        }
+    }
+}
+
+impl NetPolicy {
+    /// Creates a policy.
+    #[must_use]
+    pub fn new(allow: Vec<NetRule>, deny: Vec<NetRule>) -> Self {
+        Self { allow, deny }
+    }
+
+    /// Decides about a flow to `destination`, whose port is zero for echo requests.
+    #[must_use]
+    pub fn judge(
+        &self,
+        protocol: FlowProtocol,
+        destination: SocketAddr,
+        host: &HostAddresses,
+        pins: &DnsPins,
+        now: Instant,
+    ) -> PolicyVerdict {
+        let (address, port) = (effective_address(destination.ip()), destination.port());
+        let class = host.classify(address);
+        if class == AddressClass::NotUnicast {
+            return PolicyVerdict::NotUnicast;
+        }
+        let covers = |rule: &&NetRule| {
+            rule.covers(protocol, port)
+                && match &rule.target {
+                    RuleTarget::Name(pattern) => {
+                        pins.names(address, now).any(|name| pattern.matches(name))
+                    }
+                    target => target.contains(address, class),
+                }
+        };
+        if let Some(rule) = self.deny.iter().find(covers) {
+            return PolicyVerdict::Denied(rule.clone());
+        }
+        // A server of names decides about the addresses of a name, not about those of the
+        // host or of services that trust it.
+        let by_name = matches!(class, AddressClass::Public | AddressClass::Private);
+        let allows = |rule: &&NetRule| {
+            let is_name = matches!(rule.target, RuleTarget::Name(_));
+            covers(rule) && (by_name || !is_name)
+        };
+        if let Some(rule) = self.allow.iter().find(allows) {
+            return PolicyVerdict::Allowed(rule.clone());
+        }
+        if self.allow.is_empty() && class == AddressClass::Public {
+            return PolicyVerdict::AllowedByDefault;
+        }
+        let target = match class {
+            AddressClass::Host => RuleTarget::Host,
+            AddressClass::Metadata => RuleTarget::Metadata,
+            _ => match pins.names(address, now).next().and_then(NamePattern::exact) {
+                Some(name) => RuleTarget::Name(name),
+                None => RuleTarget::Range(AddressRange::host(address)),
+            },
+        };
+        PolicyVerdict::NotAllowed(NetRule::new(Some(protocol), target, port))
+    }
+
+    /// Returns true if only flows to certain names are allowed: others need not be resolved,
+    /// and a flow has to prove its name.
+    #[must_use]
+    pub fn is_by_name(&self) -> bool {
+        let is_name = |rule: &NetRule| matches!(rule.target, RuleTarget::Name(_));
+        !self.allow.is_empty() && self.allow.iter().all(is_name)
+    }
+
+    /// Returns true if the guest may ask for the addresses of `name`.
+    #[must_use]
+    pub fn may_resolve(&self, name: &str) -> bool {
+        let matches = |rule: &NetRule| match &rule.target {
+            RuleTarget::Name(pattern) => pattern.matches(name),
+            _ => false,
+        };
+        // A rule for some ports leaves the others.
+        let denied = self
+            .deny
+            .iter()
+            .any(|rule| rule.is_general() && matches(rule));
+        !denied && (!self.is_by_name() || self.allow.iter().any(matches))
+    }
+
+    /// Returns true if `address` may be in an answer for a name. Those that are not public may
+    /// only if a rule allows them as addresses: otherwise a server of names could have a guest
+    /// reach them (DNS rebinding).
+    #[must_use]
+    pub fn may_answer(&self, address: IpAddr, host: &HostAddresses) -> bool {
+        let address = effective_address(address);
+        let class = host.classify(address);
+        let contains = |rule: &NetRule| rule.target.contains(address, class);
+        match class {
+            AddressClass::Public => true,
+            AddressClass::NotUnicast => false,
+            _ => self.allow.iter().any(contains),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
