@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `SM_BIN` | path of the `sm` to test |
 //! | `SM_FIXTURES` | directory of OCI layouts: `busybox`, `debian`, `python` |
-//! | `SM_DOCKER`, `SM_SYSTEMD` | directories of the OCI layouts `docker` and `systemd`, for tests named `full_...` |
+//! | `SM_DOCKER`, `SM_SYSTEMD`, `SM_WORK` | directories of the OCI layouts `docker`, `systemd` and `work`, for tests named `full_...` |
 //! | `SM_KERNEL`, `SM_AGENT` | forwarded to `sm` |
 //! | `SM_BENCH_RESTORE`, `SM_BENCH_INITRAMFS` | the benchmark, and its guest |
 //! | `SM_LANES` | the static program `tests/guest/lanes.rs` |

@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use sm_e2e::{Home, Reaped, image, unique};
+use sm_e2e::{Home, Reaped, image, unique, until};
 
 /// The kernel's build is checked against the same list.
 const REQUIRED: &str = include_str!("../../guest/kernel/containers.required");
@@ -64,9 +64,8 @@ for pid in $(cat cgroup.procs); do echo $pid >init/cgroup.procs || true; done
 sed 's/ / +/g; s/^/+/' cgroup.controllers >cgroup.subtree_control
 cd /
 
-# The root is an overlay itself.
-mkdir -p /var/lib/docker
-mount -t tmpfs -o size=512m docker /var/lib/docker
+# The root is an overlay itself, so this directory is a volume.
+grep -q ' /var/lib/docker ext4 ' /proc/mounts
 # The engine gives a containerd of its own 15 s, of which an emulated processor needs more.
 perl -MSocket -e '
     sub start {
@@ -146,8 +145,11 @@ fn full_docker_runs_containers_that_reach_each_other() {
     let archive = std::fs::read(Path::new(&fixtures).join("busybox.docker.tar")).unwrap();
     let name = unique("docker");
     let layout = layout();
+    home.sm(&["volume", "create", "--size", "4g", &name])
+        .exits(0);
+    let volume = format!("{name}:/var/lib/docker");
     let mut arguments = vec!["run", "-i", "--rm", "--name", &name, "-m", "1536m"];
-    arguments.extend(["-p", "8080", &layout, "bash", "-c", SCRIPT]);
+    arguments.extend(["-v", &volume, "-p", "8080", &layout, "bash", "-c", SCRIPT]);
     let mut command = home.command(&arguments);
     command.stdin(Stdio::piped()).stderr(Stdio::inherit());
     let mut sm = Reaped(command.spawn().unwrap());
@@ -198,4 +200,7 @@ fn full_docker_runs_containers_that_reach_each_other() {
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.ends_with(&format!("{served}\n")), "{answer}");
     home.sm(&["rm", "-f", &name]).exits(0);
+    until("its volume is not in use", || {
+        home.sm(&["volume", "rm", &name]).code == Some(0)
+    });
 }

@@ -37,6 +37,9 @@ const DOCKER: &str = "docker.io,iptables,nftables,ipvsadm,wireguard-tools,iprout
 const SYSTEMD_RECIPE: &str = "1";
 /// An init system that is controlled over D-Bus, as on Debian.
 const SYSTEMD: &str = "systemd-sysv,dbus,procps";
+const WORK_RECIPE: &str = "1";
+/// Databases and build tools, for tests of real work on disks and directories.
+const WORK: &str = "postgresql,postgresql-contrib,mariadb-server,redis-server,git,gcc,libc6-dev,make,sqlite3,procps";
 /// Large files that no test uses.
 const UNUSED: [&str; 3] = ["usr/bin/ctr", "usr/share/doc", "var/lib/apt/lists"];
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -92,6 +95,11 @@ pub(crate) fn docker(apt: &Apt) -> Result<PathBuf> {
 /// Returns the directory of the OCI layout `systemd`, for tests that are too slow for CI.
 pub(crate) fn systemd(apt: &Apt) -> Result<PathBuf> {
     of_packages(apt, "systemd", SYSTEMD_RECIPE, SYSTEMD)
+}
+
+/// Returns the directory of the OCI layout `work`, for tests that are too slow for CI.
+pub(crate) fn work(apt: &Apt) -> Result<PathBuf> {
+    of_packages(apt, "work", WORK_RECIPE, WORK)
 }
 
 /// Returns the directory of the OCI layout `name`: Debian with `packages`, in one layer.

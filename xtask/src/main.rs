@@ -65,6 +65,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             println!("{}", fixtures::create(&apt)?.display());
             println!("{}", fixtures::docker(&apt)?.display());
             println!("{}", fixtures::systemd(&apt)?.display());
+            println!("{}", fixtures::work(&apt)?.display());
             if let Some(images) = fidelity::create(&apt)? {
                 println!("{}", images.display());
             }

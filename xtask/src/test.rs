@@ -158,6 +158,7 @@ fn end_to_end(apt: &Apt, options: &TestOptions, kernel: Option<KernelBuild>) -> 
         for (variable, images) in [
             ("SM_DOCKER", fixtures::docker(apt)?),
             ("SM_SYSTEMD", fixtures::systemd(apt)?),
+            ("SM_WORK", fixtures::work(apt)?),
         ] {
             environment.push((variable.to_owned(), images.display().to_string()));
         }
