@@ -205,9 +205,10 @@ fn full_a_project_is_cloned_and_built_in_a_directory_of_the_host() {
     chown(folder.path(), Some(1000), Some(1000)).unwrap();
     let mount = format!("{}:/work", folder.path().display());
     let options = ["-m", "512m", "-v", &mount, "-w", "/work", "-u", "1000:1000"];
+    let image = work();
     let options = [
         &options[..],
-        &["-e", "HOME=/tmp", &work(), "sleep", "100000"],
+        &["-e", "HOME=/tmp", &image, "sleep", "100000"],
     ]
     .concat();
     let vm = home.detached(&options);
