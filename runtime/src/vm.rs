@@ -5,6 +5,7 @@ use std::time::Duration;
 use sm_control::Control;
 use sm_control::launch::{ControlAnswer, ControlCall, SnapshotReport, StageTimes, Status};
 use sm_control::session::Session;
+use sm_control::signal;
 use sm_control::timings::Phase;
 use sm_guest_proto::control::GuestStats;
 use sm_guest_proto::exec::GuestProcess;
@@ -329,12 +330,19 @@ impl Vm {
         Ok(())
     }
 
-    /// Sends a signal to the workload's main process.
+    /// Sends a signal to the workload's main process. After SIGKILL, waits until the VM has
+    /// exited.
     ///
     /// # Errors
     /// The VM is not running.
     pub fn kill(&self, signal: u8) -> Result<(), Error> {
-        self.call(&ControlCall::Signal { signal }).map(drop)
+        let mut control = self.control()?;
+        control.call(&ControlCall::Signal { signal })?;
+        if signal == signal::KILL {
+            // Both the answer and the end of the connection mean that the VM has exited.
+            let _ = control.call_and_wait(&ControlCall::Wait);
+        }
+        Ok(())
     }
 
     /// Returns a sender of signals for use by other threads.
