@@ -56,7 +56,10 @@ impl Database<'_> {
 
     fn wait(&self) {
         until("the server answers", || {
-            self.vm.exec(&["bash", "-c", self.ready]).code == Some(0)
+            let answer = self.vm.exec(&["bash", "-c", self.ready]);
+            let ended = answer.err().contains("is not running");
+            assert!(!ended, "the server has ended");
+            answer.code == Some(0)
         });
     }
 
@@ -150,7 +153,8 @@ fn full_mariadb_recovers_on_its_root() {
             mkdir -p /srv/data && chown mysql:mysql /srv/data
             mariadb-install-db --user=mysql --datadir=/srv/data --auth-root-authentication-method=normal
         } >/dev/null
-        exec mariadbd --user=mysql --datadir=/srv/data --skip-networking --socket=/tmp/socket";
+        exec mariadbd --user=mysql --datadir=/srv/data --skip-networking --socket=/tmp/socket \
+            --pid-file=/tmp/pid";
     let database = Database {
         vm: home.detached(&["-m", "768m", &work(), "bash", "-c", serve]),
         ready: "mariadb -S /tmp/socket -e 'create table if not exists test.own (n int)'",
