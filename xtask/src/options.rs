@@ -8,6 +8,7 @@ use lexopt::prelude::*;
 use crate::bench_disk;
 use crate::bench_image;
 use crate::bench_kernel;
+use crate::bench_life;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::BuildProfile;
@@ -44,6 +45,8 @@ Developer commands of sm: cargo xtask COMMAND
   bench-kernel
               the tuned kernel's size, and its instructions until the first program
               [--vs VMLINUX]...
+  bench-life  what disks cost the start of VMs, and how fast sm cp is
+              [--rounds N] [--mib N]
   bench-restore
               how long restoring takes, phase by phase, against a floor and rivals
               [--iterations N] [--memory MIB]... [--vcpus N]... [--vs RIVAL]...
@@ -78,6 +81,7 @@ pub(crate) enum Invocation {
     BenchDisk(bench_disk::BenchDiskOptions),
     BenchImage(bench_image::BenchImageOptions),
     BenchKernel(bench_kernel::BenchKernelOptions),
+    BenchLife(bench_life::BenchLifeOptions),
     BenchRestore(bench_restore::BenchRestoreOptions),
     BenchVsock(bench_vsock::BenchVsockOptions),
     Fuzz(fuzz::FuzzOptions),
@@ -137,6 +141,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "bench-disk" => Invocation::BenchDisk(bench_disk(parser)?),
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
+        "bench-life" => Invocation::BenchLife(bench_life(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
         "dist" => Invocation::Dist(dist::DistOptions {
@@ -249,6 +254,18 @@ fn bench_kernel(mut parser: lexopt::Parser) -> Result<bench_kernel::BenchKernelO
     while let Some(argument) = parser.next()? {
         match argument {
             Long("vs") => options.others.push(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(options)
+}
+
+fn bench_life(mut parser: lexopt::Parser) -> Result<bench_life::BenchLifeOptions> {
+    let mut options = bench_life::BenchLifeOptions::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
+            Long("mib") => options.mib = Some(parser.value()?.parse()?),
             other => return Err(other.unexpected().into()),
         }
     }
