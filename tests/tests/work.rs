@@ -207,8 +207,8 @@ fn full_a_project_is_cloned_and_built_in_a_directory_of_the_host() {
     let home = Home::shared();
     let folder = tempfile::tempdir().unwrap();
     chown(folder.path(), Some(1000), Some(1000)).unwrap();
-    let mount = format!("{}:/work", folder.path().display());
-    let options = ["-m", "512m", "-v", &mount, "-w", "/work", "-u", "1000:1000"];
+    let mount = format!("{}:/project", folder.path().display());
+    let options = ["-m", "512m", "-v", &mount, "-w", "/project", "-u", "1000:1000"];
     let image = work();
     let options = [
         &options[..],
@@ -237,7 +237,7 @@ fn full_a_project_is_cloned_and_built_in_a_directory_of_the_host() {
     )
     .unwrap();
     until("the guest sees the edit", || {
-        vm.exec(&["make", "-q", "-C", "/work/clone"]).code == Some(1)
+        vm.exec(&["make", "-q", "-C", "/project/clone"]).code == Some(1)
     });
     let out = sh("cd clone && make | grep -c -- ' -c ' && ./program && git status --porcelain");
     assert_eq!(out, "1\n1820\n M f7.c\n");
@@ -247,8 +247,8 @@ fn full_a_project_is_cloned_and_built_in_a_directory_of_the_host() {
 fn full_sqlite_writes_ahead_in_a_directory_of_the_host() {
     let home = Home::shared();
     let folder = tempfile::tempdir().unwrap();
-    let mount = format!("{}:/work", folder.path().display());
-    let options = ["-m", "256m", "-v", &mount, "-w", "/work"];
+    let mount = format!("{}:/project", folder.path().display());
+    let options = ["-m", "256m", "-v", &mount, "-w", "/project"];
     let vm = home.detached(&[&options[..], &[&work(), "sleep", "100000"]].concat());
     let script = "set -e
         sqlite3 db 'pragma journal_mode=wal; create table t (n integer)'

@@ -54,7 +54,7 @@ fn options() -> Result<LifeOptions> {
     })
 }
 
-/// What is measured alternately.
+/// Two subjects that are measured alternately.
 struct Contest {
     title: &'static str,
     /// The first is compared with the second.
