@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_virtio::GuestMemory;
 use sm_virtio::iov::Window;
 
-use super::storage::saturated;
+use super::storage::{Storage, saturated};
 
 use layer::CLUSTER_BYTES;
 pub use layer::{CLUSTER, DiskLayer, LayerError, LayerHeader, LayerId, MAX_CAPACITY};
@@ -188,7 +188,16 @@ impl LayeredDisk {
     /// As [`DiskLayer::create`], a capacity below that of this disk, or too many layers;
     /// this disk can still be used then.
     pub fn freeze(&self, file: File, id: LayerId, capacity: u64) -> Result<Self, LayerError> {
-        let top = DiskLayer::create(file, id, Some(self.top.id), capacity)?;
+        self.freeze_on(Box::new(file), id, capacity)
+    }
+
+    fn freeze_on(
+        &self,
+        storage: Box<dyn Storage>,
+        id: LayerId,
+        capacity: u64,
+    ) -> Result<Self, LayerError> {
+        let top = DiskLayer::create_on(storage, id, self.top.id, capacity)?;
         let mut below = Vec::with_capacity(self.layers());
         below.push(Arc::clone(&self.top));
         below.extend(self.below.iter().cloned());

@@ -49,13 +49,16 @@ impl DiskDirectory {
     }
 
     /// Those of `files`, the highest one first, that lie upon each other; the lowest one
-    /// first. A host that crashed may have lost the content of a new top, of which nothing
-    /// was flushed then: it is not one of them.
+    /// first. A host that crashed may have lost the content of a new layer. Nothing of it was
+    /// flushed then, nor of those above it, which a flush makes durable after it: they are
+    /// none of them.
     pub(super) fn chain(&self, files: &[LayerFile]) -> Result<Vec<LayerFile>, DiskError> {
         let mut chain = Vec::new();
         let mut wanted: Option<LayerId> = None;
         for (place, file) in files.iter().enumerate() {
-            if wanted.is_none() && place + 1 < files.len() && is_empty_layer(&file.path)? {
+            if place + 1 < files.len() && is_empty_layer(&file.path)? {
+                chain.clear();
+                wanted = None;
                 continue;
             }
             let header = header(&file.path)?;

@@ -178,6 +178,25 @@ fn a_top_that_was_never_flushed_may_be_lost() {
     assert!(matches!(error, DiskError::Layer { path, .. } if path == top));
 }
 
+/// The host may have written a part of the upper one of two new layers, but nothing of the
+/// lower one.
+#[test]
+fn layers_above_one_that_was_never_flushed_may_be_lost() {
+    let fixture = Fixture::new();
+    let (directory, disk) = fixture.disk("one");
+    disk.store(b"kept", 0).unwrap();
+    disk.flush().unwrap();
+    let disk = directory.grow(&disk).unwrap();
+    drop(directory.grow(&disk).unwrap());
+    let [.., lost, _] = &directory.layers().unwrap()[..] else {
+        panic!("two layers are new");
+    };
+    File::create(lost).unwrap();
+    let disk = directory.open().unwrap();
+    assert_eq!((read(&disk, 0, 4), disk.layers()), (b"kept".to_vec(), 3));
+    assert_eq!(directory.layers().unwrap().len(), 3);
+}
+
 #[test]
 fn a_failed_creation_leaves_no_disk() {
     let fixture = Fixture::new();

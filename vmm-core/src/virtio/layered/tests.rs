@@ -1,6 +1,8 @@
 //! Layers against a model, under power cuts and under concurrent writers.
 
+mod crashes;
 mod flushing;
+mod fuse;
 mod merging;
 mod power;
 mod recorded;

@@ -1,5 +1,7 @@
 //! A file in memory that records what is done to it, and fails on demand.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 use crate::virtio::storage::Storage;
 
@@ -16,6 +18,9 @@ pub(super) enum Operation {
 pub(super) struct Recorded {
     file: Mutex<Vec<u8>>,
     pub(super) operations: Arc<Mutex<Vec<Operation>>>,
+    /// The time of each operation, by a clock that files may share.
+    pub(super) times: Arc<Mutex<Vec<usize>>>,
+    pub(super) clock: Arc<AtomicUsize>,
     /// Fails calls for which it returns an error.
     pub(super) fail: Arc<Mutex<Option<Failure>>>,
 }
@@ -42,6 +47,8 @@ impl Recorded {
         }
         operation.apply(&mut self.file.lock().unwrap());
         self.operations.lock().unwrap().push(operation);
+        let time = self.clock.fetch_add(1, Ordering::Relaxed);
+        self.times.lock().unwrap().push(time);
         Ok(())
     }
 }
