@@ -208,7 +208,16 @@ fn full_a_project_is_cloned_and_built_in_a_directory_of_the_host() {
     let folder = tempfile::tempdir().unwrap();
     chown(folder.path(), Some(1000), Some(1000)).unwrap();
     let mount = format!("{}:/project", folder.path().display());
-    let options = ["-m", "512m", "-v", &mount, "-w", "/project", "-u", "1000:1000"];
+    let options = [
+        "-m",
+        "512m",
+        "-v",
+        &mount,
+        "-w",
+        "/project",
+        "-u",
+        "1000:1000",
+    ];
     let image = work();
     let options = [
         &options[..],
