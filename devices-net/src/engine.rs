@@ -12,6 +12,7 @@
 //! | `link` | the way from and to the guest |
 //! | `egress` | the decision about each flow |
 //! | `tcp`, `udp`, `echo` | flows |
+//! | `dns` | the guest's name server |
 //! | `fragments` | packets that come in parts |
 //! | `output`, `answers` | frames for the guest |
 //! | `store`, `table`, `order`, `sequence` | bytes, flows and turns |
@@ -23,6 +24,7 @@
 mod answers;
 mod backend;
 mod config;
+mod dns;
 mod echo;
 mod egress;
 mod flow;
@@ -44,8 +46,9 @@ use std::net::IpAddr;
 use sm_event_loop::{Readiness, Registry, Timer};
 
 use self::answers::Answers;
+use self::dns::DnsProxy;
 use self::echo::Echoes;
-use self::flow::{FlowKey, TokenKind, parse_token, token};
+use self::flow::{DNS_PORT, FlowKey, TokenKind, parse_token, token};
 use self::fragments::Fragments;
 use self::output::{Framer, Output};
 use self::tcp::TcpFlows;
@@ -59,6 +62,7 @@ use crate::wire::{
 
 pub use self::backend::EngineBackend;
 pub use self::config::{EngineConfig, EngineLimits};
+pub use self::dns::NameServers;
 pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
 pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
 pub use self::stats::EngineStats;
@@ -80,6 +84,7 @@ pub struct NetEngine {
     tcp: TcpFlows,
     udp: UdpFlows,
     echoes: Echoes,
+    dns: DnsProxy,
     fragments: Fragments,
     fragments_timer: Option<Timer>,
     /// Ethernet address of the guest, from its frames.
@@ -107,10 +112,17 @@ impl NetEngine {
             tcp: TcpFlows::new(config.limits),
             udp: UdpFlows::new(config.limits),
             echoes: Echoes::new(config.limits),
+            dns: DnsProxy::new(config.limits.lookups),
             fragments: Fragments::new(config.limits),
             fragments_timer: None,
             guest: MacAddress::BROADCAST,
         }
+    }
+
+    /// Makes the gateway a name server, which asks these of the host. Without them, port 53 of
+    /// the gateway is one as others.
+    pub fn set_name_servers(&mut self, servers: NameServers) {
+        self.dns.set_servers(servers);
     }
 
     /// Returns true for tokens of an engine's descriptors and timers.
@@ -131,6 +143,7 @@ impl NetEngine {
 
     fn turn<'a>(&'a mut self, registry: &'a mut dyn Registry) -> (Turn<'a>, Flows<'a>) {
         let now = registry.now();
+        let name_server = self.dns.known_server();
         let turn = Turn {
             config: &self.config,
             policy: &mut *self.policy,
@@ -139,11 +152,13 @@ impl NetEngine {
             registry,
             guest: self.guest,
             now,
+            name_server,
         };
         let flows = Flows {
             tcp: &mut self.tcp,
             udp: &mut self.udp,
             echoes: &mut self.echoes,
+            dns: &mut self.dns,
         };
         (turn, flows)
     }
@@ -278,6 +293,8 @@ impl NetEngine {
             TokenKind::UdpTimer => flows.udp.timer(&mut turn),
             TokenKind::Echo => flows.echoes.host_ready(slot),
             TokenKind::EchoTimer => flows.echoes.timer(&mut turn),
+            TokenKind::Dns => flows.dns.host_ready(&mut turn, slot),
+            TokenKind::DnsTimer => flows.dns.timer(&mut turn),
             TokenKind::Serve | TokenKind::Fragments => {}
         }
     }
@@ -309,6 +326,7 @@ impl NetEngine {
         for _ in 0..VISITS {
             self.answers.serve(&mut output)?;
             let tcp = self.tcp.serve(&mut output, &mut self.answers, registry)?;
+            self.dns.serve(&mut output)?;
             let udp = self.udp.serve(&mut output, &mut self.answers)?;
             let echoes = self.echoes.serve(&mut output)?;
             if !(tcp || udp || echoes) {
@@ -338,6 +356,7 @@ impl NetEngine {
         self.tcp.clear(registry.as_deref_mut());
         self.udp.clear(registry.as_deref_mut());
         self.echoes.clear(registry.as_deref_mut());
+        self.dns.clear(registry.as_deref_mut());
         if let (Some(registry), Some(timer)) = (registry, self.fragments_timer.take()) {
             registry.cancel_timer(timer);
         }
@@ -357,6 +376,7 @@ struct Flows<'a> {
     tcp: &'a mut TcpFlows,
     udp: &'a mut UdpFlows,
     echoes: &'a mut Echoes,
+    dns: &'a mut DnsProxy,
 }
 
 impl Flows<'_> {
@@ -395,6 +415,13 @@ impl Flows<'_> {
                 let (header, len) = UdpHeader::parse(transport, packet.len)?;
                 let key = ends(header.source.get(), header.destination.get());
                 let payload = (packet.offset + UdpHeader::LEN, len);
+                if self.dns.is_on()
+                    && key.remote.port() == DNS_PORT
+                    && turn.config.is_gateway(packet.destination)
+                {
+                    self.dns.receive(turn, key, frame, payload);
+                    return Ok(());
+                }
                 self.udp.receive(turn, key, &header, frame, payload);
             }
             protocol => match IcmpEcho::parse(protocol, transport, packet.len) {

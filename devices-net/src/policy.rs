@@ -1,6 +1,7 @@
-//! Rules about what a guest may reach, as values without input or output.
+//! Rules about what a guest may reach.
 //!
-//! A [`NetPolicy`] has rules that allow and rules that deny. Denying rules win. Without an
+//! A [`NetPolicy`] has rules that allow and rules that deny; a [`PolicyGate`] asks it for an
+//! engine. Denying rules win. Without an
 //! allowing rule, public addresses are allowed. Addresses of cloud metadata services are
 //! allowed only by a rule whose target is `metadata`.
 //!
@@ -29,6 +30,7 @@
 //! one that it reaches; a name never allows an address of the host or a metadata service.
 
 mod address;
+mod gate;
 mod pins;
 mod rule;
 
@@ -39,6 +41,7 @@ use std::time::Instant;
 use crate::engine::FlowProtocol;
 
 pub use self::address::{AddressClass, HostAddresses, effective_address};
+pub use self::gate::{PolicyGate, RefusalObserver, local_addresses};
 pub use self::pins::DnsPins;
 pub use self::rule::{AddressRange, NamePattern, NetRule, NetRuleError, RuleTarget};
 
@@ -149,6 +152,13 @@ impl NetPolicy {
     pub fn is_by_name(&self) -> bool {
         let is_name = |rule: &NetRule| matches!(rule.target, RuleTarget::Name(_));
         !self.allow.is_empty() && self.allow.iter().all(is_name)
+    }
+
+    /// Returns true if a rule has a name: answers of name servers then matter.
+    #[must_use]
+    pub fn has_names(&self) -> bool {
+        let mut rules = self.allow.iter().chain(&self.deny);
+        rules.any(|rule| matches!(rule.target, RuleTarget::Name(_)))
     }
 
     /// Returns true if the guest may ask for the addresses of `name`.

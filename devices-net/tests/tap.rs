@@ -13,22 +13,12 @@ use std::time::{Duration, Instant};
 
 use sm_devices_net::engine::EngineConfig;
 
-use crate::rig::{GATEWAY, PROHIBITED, Rig, SERVER, SERVER_V6, SOON, connect, receive, send};
-
-const MIB: usize = 1 << 20;
+use crate::rig::{
+    GATEWAY, MIB, PROHIBITED, Rig, SERVER, SERVER_V6, SOON, connect, exchange, receive, recv, send,
+};
 
 fn servers() -> [IpAddr; 2] {
     [SERVER.into(), SERVER_V6.into()]
-}
-
-/// Sends both ways at once.
-fn exchange(guest: &TcpStream, peer: &TcpStream, len: usize) {
-    std::thread::scope(|scope| {
-        scope.spawn(|| send(guest, 1, len));
-        scope.spawn(|| send(peer, 2, len));
-        scope.spawn(|| receive(guest, 2, len));
-        scope.spawn(|| receive(peer, 1, len));
-    });
 }
 
 #[test]
@@ -291,16 +281,6 @@ fn udp_pair(rig: &Rig, server: IpAddr) -> (UdpSocket, UdpSocket) {
         socket.set_read_timeout(Some(SOON)).unwrap();
     }
     (guest, peer)
-}
-
-/// Receives a datagram; a debugger or a stop interrupts the call.
-fn recv(socket: &UdpSocket, buffer: &mut [u8]) -> std::io::Result<(usize, SocketAddr)> {
-    loop {
-        match socket.recv_from(buffer) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            result => return result,
-        }
-    }
 }
 
 #[test]

@@ -97,6 +97,8 @@ pub struct EngineLimits {
     pub echoes: usize,
     /// Time that an echo request waits for its reply.
     pub echo_timeout: Duration,
+    /// Questions to name servers that wait for an answer; at the limit the oldest fails.
+    pub lookups: usize,
     /// Packets of which some fragments are missing.
     pub reassembled: usize,
     /// Bytes of these packets together.
@@ -117,6 +119,7 @@ impl Default for EngineLimits {
             udp_idle: Duration::from_secs(180),
             echoes: 64,
             echo_timeout: Duration::from_secs(5),
+            lookups: 256,
             reassembled: 64,
             reassembled_bytes: 1 << 20,
             reassembly_timeout: Duration::from_secs(10),

@@ -1,6 +1,6 @@
 //! The decision whether the guest may reach an address.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// The transport of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,6 +38,26 @@ pub enum EgressVerdict {
 pub trait EgressPolicy: Send {
     /// Decides about a flow.
     fn judge(&mut self, request: &EgressRequest) -> EgressVerdict;
+
+    /// Returns true if the guest may ask for records of a name, which is in lower case. All
+    /// names may be asked for by default.
+    fn may_resolve(&mut self, name: &str) -> bool {
+        let _ = name;
+        true
+    }
+
+    /// Takes note of an address in the answer for a name, which is valid for `ttl` seconds;
+    /// returns false if the guest must not have the answer. All are passed on by default.
+    fn resolved(&mut self, name: &str, address: IpAddr, ttl: u32) -> bool {
+        let _ = (name, address, ttl);
+        true
+    }
+
+    /// Returns true if answers matter: the guest then cannot ask the host's servers over TCP,
+    /// where nobody reads them. It is false by default.
+    fn restricts_names(&self) -> bool {
+        false
+    }
 }
 
 impl<F: FnMut(&EgressRequest) -> EgressVerdict + Send> EgressPolicy for F {

@@ -2,6 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+/// Port of name servers.
+pub(crate) const DNS_PORT: u16 = 53;
+
 /// The ends of a flow, as the guest sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FlowKey {
@@ -41,11 +44,15 @@ pub(crate) enum TokenKind {
     EchoTimer,
     /// The timer of fragments.
     Fragments,
+    /// The socket of a question to a name server.
+    Dns,
+    /// The timer of all these questions.
+    DnsTimer,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 8] = [
+const KINDS: [TokenKind; 10] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -54,6 +61,8 @@ const KINDS: [TokenKind; 8] = [
     TokenKind::Echo,
     TokenKind::EchoTimer,
     TokenKind::Fragments,
+    TokenKind::Dns,
+    TokenKind::DnsTimer,
 ];
 
 /// Returns the token of a slot.

@@ -50,6 +50,8 @@ pub struct EngineStats {
     pub reassembled: u64,
     /// Fragments that were dropped.
     pub fragments_dropped: u64,
+    /// Questions to the guest's name server.
+    pub dns_questions: u64,
     /// Echo requests that were sent.
     pub echoes: u64,
 }

@@ -1,14 +1,14 @@
 //! The parts of an engine that all its protocols use during one call.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use sm_event_loop::Registry;
 
 use super::answers::Answers;
 use super::config::EngineConfig;
-use super::egress::{EgressPolicy, EgressRequest, EgressVerdict};
-use super::flow::FlowKey;
+use super::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
+use super::flow::{DNS_PORT, FlowKey};
 use super::output::Framer;
 use super::stats::EngineStats;
 use crate::wire::{IcmpUnreachable, IpProtocol, MacAddress, QUOTED_TRANSPORT};
@@ -23,6 +23,8 @@ pub(crate) struct Turn<'a> {
     /// Ethernet address of the guest.
     pub(crate) guest: MacAddress,
     pub(crate) now: Instant,
+    /// A name server of the host.
+    pub(crate) name_server: Option<SocketAddr>,
 }
 
 impl Turn<'_> {
@@ -35,11 +37,24 @@ impl Turn<'_> {
 
     /// Asks the policy about a flow.
     pub(crate) fn judge(&mut self, request: &EgressRequest) -> EgressVerdict {
-        let verdict = self.policy.judge(request);
+        let verdict = match self.name_server {
+            // Long answers: the guest's name server is that of the host.
+            Some(server) if self.is_name_server(request) => match self.policy.restricts_names() {
+                true => EgressVerdict::Prohibit,
+                false => EgressVerdict::Connect(server),
+            },
+            _ => self.policy.judge(request),
+        };
         if verdict == EgressVerdict::Prohibit {
             self.stats.prohibited += 1;
         }
         verdict
+    }
+
+    fn is_name_server(&self, request: &EgressRequest) -> bool {
+        request.protocol == FlowProtocol::Tcp
+            && request.destination.port() == DNS_PORT
+            && self.config.is_gateway(request.destination.ip())
     }
 
     /// Answers a packet by an error. `transport` is the beginning of its transport header.

@@ -4,13 +4,14 @@
     unsafe_code,
     reason = "namespaces and a TAP are created by system calls"
 )]
+#![allow(dead_code, reason = "each test program uses a part")]
 
 #[path = "../../examples/tap/device.rs"]
 mod device;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -18,8 +19,10 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use sm_devices_net::engine::{
-    EgressRequest, EgressVerdict, EngineConfig, EngineStats, FlowProtocol, NetEngine,
+    EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineStats, FlowProtocol,
+    NameServers, NetEngine,
 };
+use sm_devices_net::policy::local_addresses;
 use sm_event_loop::EventLoop;
 
 use self::device::TapGateway;
@@ -31,6 +34,7 @@ pub(crate) const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 
 pub(crate) const PROHIBITED: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 99);
 /// A port from which the policy permits nothing else: the gateway is the server there.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(100, 96, 0, 1);
+pub(crate) const MIB: usize = 1 << 20;
 /// Time in which everything but a bulk transfer is done.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 
@@ -103,6 +107,15 @@ impl Rig {
     }
 
     pub(crate) fn with(config: EngineConfig, offloads: bool) -> Option<Self> {
+        Self::with_policy(config, offloads, |_| Box::new(judge))
+    }
+
+    /// Creates both sides; the policy gets the addresses of the internet's host.
+    pub(crate) fn with_policy(
+        config: EngineConfig,
+        offloads: bool,
+        policy: impl FnOnce(Vec<IpAddr>) -> Box<dyn EgressPolicy>,
+    ) -> Option<Self> {
         let tun = File::open("/dev/net/tun")
             .err()
             .map(|_| "it needs /dev/net/tun");
@@ -114,12 +127,12 @@ impl Rig {
         }
         let (internet, ()) = namespace(&INTERNET, || {});
         let (guest, tap) = namespace(&GUEST, || device::create("eth0", offloads).unwrap());
-        let event_loop = inside(&internet, || {
+        let (event_loop, addresses) = inside(&internet, || {
             // Unprivileged sockets for echo requests.
             std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
-            EventLoop::spawn("network").unwrap()
+            (EventLoop::spawn("network").unwrap(), local_addresses())
         });
-        let engine = NetEngine::new(config, Box::new(judge));
+        let engine = NetEngine::new(config, policy(addresses));
         let gateway = Arc::new(Mutex::new(TapGateway::new(engine, tap, offloads)));
         event_loop.handle().add_handler(gateway.clone()).unwrap();
         Some(Self {
@@ -140,6 +153,15 @@ impl Rig {
 
     pub(crate) fn stats(&self) -> EngineStats {
         self.gateway.lock().unwrap().engine.stats()
+    }
+
+    /// Makes the gateway a name server.
+    pub(crate) fn name_servers(&self, servers: NameServers) {
+        self.gateway
+            .lock()
+            .unwrap()
+            .engine
+            .set_name_servers(servers);
     }
 
     /// Loses one of `to_guest` and one of `from_guest` frames from now on; zero for none.
@@ -218,5 +240,25 @@ pub(crate) fn receive(mut from: impl Read, seed: u64, len: usize) {
         pattern.fill(&mut expected);
         from.read_exact(&mut block).unwrap();
         assert!(block == expected, "block {number}");
+    }
+}
+
+/// Sends both ways at once.
+pub(crate) fn exchange(guest: &TcpStream, peer: &TcpStream, len: usize) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| send(guest, 1, len));
+        scope.spawn(|| send(peer, 2, len));
+        scope.spawn(|| receive(guest, 2, len));
+        scope.spawn(|| receive(peer, 1, len));
+    });
+}
+
+/// Receives a datagram; a debugger or a stop interrupts the call.
+pub(crate) fn recv(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
     }
 }
