@@ -112,7 +112,8 @@ fn running(sm: &Sm, query: &str) -> anyhow::Result<sm_runtime::Vm> {
     let vm = sm.vm(query)?;
     if !matches!(vm.state()?, VmState::Running) {
         bail!(
-            "VM \"{}\" is not running: only the files of running VMs can be accessed",
+            "VM \"{0}\" is not running, and only a guest reads the disk with its files: start it \
+             first with \"sm start {0}\"",
             vm.name()
         );
     }

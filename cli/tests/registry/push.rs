@@ -3,10 +3,13 @@
 use std::fs;
 use std::process::Command;
 
+use serde_json::Value;
+use sm_image::{Commit, Config, Digest, DockerReference, PullOptions, Store};
+
 use crate::support::{Registry, tools};
 
-/// Returns the digest of `name` in the registry, computed by skopeo.
-fn digest(registry: &Registry, name: &str) -> String {
+/// Returns the manifest of `name` in the registry, read by skopeo.
+fn raw(registry: &Registry, name: &str) -> Vec<u8> {
     let inspected = Command::new("skopeo")
         .args(["inspect", "--raw"])
         .args(
@@ -19,7 +22,11 @@ fn digest(registry: &Registry, name: &str) -> String {
         .output()
         .unwrap();
     assert!(inspected.status.success(), "{inspected:?}");
-    sm_image::Digest::of(&inspected.stdout).to_string()
+    inspected.stdout
+}
+
+fn digest(registry: &Registry, name: &str) -> String {
+    Digest::of(&raw(registry, name)).to_string()
 }
 
 #[test]
@@ -114,4 +121,88 @@ fn an_image_without_a_manifest_is_pushed_with_a_new_one() {
     let before = layers(&name);
     ok(&["pull", "--quiet", &name]);
     assert_eq!(layers(&name), before);
+}
+
+/// Returns the digests of the layers of `name` in the registry.
+fn layers(registry: &Registry, name: &str) -> Vec<Value> {
+    let manifest: Value = serde_json::from_slice(&raw(registry, name)).unwrap();
+    let layers = manifest["layers"].as_array().unwrap().iter();
+    layers.map(|layer| layer["digest"].clone()).collect()
+}
+
+#[test]
+fn committed_images_keep_the_layers_of_their_base() {
+    if !tools() {
+        return;
+    }
+    let registry = Registry::open();
+    let ok = |arguments: &[&str]| {
+        let output = registry.sm(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let base = ok(&["pull", "--quiet", &registry.image()]);
+    let of_base = layers(&registry, "team/app:v1");
+
+    let root = registry.path("root");
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("new"), "new").unwrap();
+    fs::write(root.join(".wh.one"), "").unwrap();
+    let tar = registry.path("root.tar");
+    let mut made = Command::new("tar");
+    made.arg("-C").arg(&root).arg("-cf").arg(&tar);
+    assert!(made.args(["new", ".wh.one"]).status().unwrap().success());
+    let store = Store::open(&registry.path("data/sm/images")).unwrap();
+    let same = format!("{}/mine/app:v2", registry.address);
+    let name = DockerReference::parse(&same).unwrap();
+    let commit = Commit {
+        name: Some(&name),
+        created: "2026-01-02T03:04:05Z".to_owned(),
+        author: None,
+        created_by: "sh".to_owned(),
+        comment: None,
+        change: &mut |config: &mut Config| config.user = Some("app".to_owned()),
+    };
+    let stream = fs::File::open(&tar).unwrap();
+    let base = Digest::parse(&base).unwrap();
+    store
+        .commit(base, stream, commit, &PullOptions::new())
+        .unwrap();
+    let details = |registry: &Registry, query: &str| -> Value {
+        let output = registry.sm(&["image", "inspect", query]);
+        assert!(output.status.success(), "{output:?}");
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let layers = all[0]["layers"].as_array().unwrap().iter();
+        let diff_ids: Vec<_> = layers.map(|layer| layer["diff_id"].clone()).collect();
+        serde_json::json!([all[0]["config_digest"], diff_ids])
+    };
+    let committed = details(&registry, &same);
+
+    // The layers are mounted, and not read.
+    ok(&["image", "prune", "--compressed"]);
+    let output = registry.sm(&["push", &same]);
+    assert!(output.status.success(), "{output:?}");
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(told.matches("Already exists").count(), 2, "{told}");
+    let pushed = layers(&registry, "mine/app:v2");
+    assert_eq!((&pushed[..2], pushed.len()), (&of_base[..], 3));
+
+    // Another registry gets them from the first one.
+    let other = Registry::open();
+    let elsewhere = format!("{}/app:v2", other.address);
+    ok(&["tag", &same, &elsewhere]);
+    ok(&["push", "--quiet", &elsewhere]);
+    assert_eq!(layers(&other, "app:v2"), pushed);
+    other.pulled(&elsewhere);
+    assert_eq!(details(&other, &elsewhere), committed);
+
+    // Without it, they are created again: other digests, the same content.
+    ok(&["image", "prune", "--compressed"]);
+    let third = Registry::open();
+    let last = format!("{}/app:v2", third.address);
+    ok(&["tag", &same, &last]);
+    registry.stop();
+    ok(&["push", "--quiet", &last]);
+    third.pulled(&last);
+    assert_eq!(details(&third, &last), committed);
 }

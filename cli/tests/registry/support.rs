@@ -83,6 +83,16 @@ impl Registry {
         Self::start(|_, _| (Vec::new(), vec!["--dest-tls-verify=false".to_owned()]))
     }
 
+    /// Ends the registry. Its directory, and the user's home there, stay.
+    pub(crate) fn stop(&self) {
+        let pid = self.process.id().to_string();
+        let killed = Command::new("kill").args(["-9", &pid]).status();
+        assert!(killed.unwrap().success());
+        while TcpStream::connect(&self.address).is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }

@@ -83,6 +83,22 @@ impl SourceLayer {
             location: None,
         }
     }
+
+    /// Creates a layer of another image, with its form there.
+    pub(crate) fn shared(
+        diff_id: Digest,
+        digest: Digest,
+        size: Option<u64>,
+        media_type: Option<String>,
+    ) -> Self {
+        Self {
+            digest,
+            size,
+            media_type,
+            diff_id,
+            location: None,
+        }
+    }
 }
 
 /// A manifest with its original bytes.
@@ -98,6 +114,9 @@ pub(crate) struct Origin {
     /// The registry's name in references, such as `docker.io`.
     pub(crate) registry: String,
     pub(crate) repository: String,
+    /// The image there whose layers this one has, if it is not itself there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) base: Option<Digest>,
 }
 
 /// An image whose documents have been read and checked.

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::files::StoredLayer;
 use super::options::PullOptions;
+use super::record::DiskRecord;
 use super::work::Work;
 use super::{Store, StoredImage};
 use crate::Error;
@@ -16,7 +17,7 @@ use crate::docker_reference::DockerReference;
 use crate::documents::{diff_ids, parse};
 use crate::layer::Expected;
 use crate::progress::{LayerStep, Progress};
-use crate::source::{SourceImage, SourceLayer};
+use crate::source::{Origin, SourceImage, SourceLayer};
 
 /// The description of an image that [`Store::commit`] creates.
 pub struct Commit<'a> {
@@ -50,12 +51,19 @@ impl Store {
         options: &PullOptions<'_>,
     ) -> Result<StoredImage, Error> {
         let work = self.begin()?;
-        let (config_digest, mut layers) = work.needed_base(base)?;
-        let base_config = work.configuration_of(config_digest)?;
+        let base_record = work.needed_base(base)?;
+        let base_config = work.configuration_of(base_record.config_digest)?;
         let converted = work.convert_changes(stream, options)?;
-        if let Some(diff_id) = converted {
-            layers.push(diff_id);
-        }
+        // A push needs not compress layers that registries have in another form already.
+        let shared = base_record.layers.iter().map(|layer| {
+            let media_type = layer.media_type.clone();
+            SourceLayer::shared(layer.diff_id, layer.digest, layer.size, media_type)
+        });
+        let layers: Vec<_> = shared.chain(converted.map(SourceLayer::plain)).collect();
+        let origin = base_record.origin.map(|origin| Origin {
+            base: origin.base.or(Some(base)),
+            ..origin
+        });
         let name = commit.name;
         let config_bytes = configuration(&base_config, converted, commit)?;
         let config: ImageConfig = parse(&config_bytes, "configuration")?;
@@ -68,8 +76,8 @@ impl Store {
             manifest: None,
             config_bytes,
             config,
-            layers: layers.iter().copied().map(SourceLayer::plain).collect(),
-            origin: None,
+            layers,
+            origin,
         };
         let name = name.map_or_else(|| digest.to_string(), ToString::to_string);
         work.store_committed(&image, &name, options)
@@ -77,9 +85,8 @@ impl Store {
 }
 
 impl Work {
-    /// Records that an image is needed. Returns the digests of its configuration and of its
-    /// layers.
-    fn needed_base(&self, base: Digest) -> Result<(Digest, Vec<Digest>), Error> {
+    /// Records that an image is needed, and returns its record.
+    fn needed_base(&self, base: Digest) -> Result<DiskRecord, Error> {
         let store = &self.store;
         // The lock prevents removals between lookup and recording.
         let record = {
@@ -88,8 +95,7 @@ impl Work {
         };
         let disk = store.disk_path(base);
         self.need(store.parts(base, &record).into_iter().chain([disk]))?;
-        let layers = record.layers.iter().map(|layer| layer.diff_id);
-        Ok((record.config_digest, layers.collect()))
+        Ok(record)
     }
 
     fn configuration_of(&self, digest: Digest) -> Result<Vec<u8>, Error> {

@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write as _};
 use std::path::PathBuf;
 
+use oci_spec::image::MediaType;
+
 use super::Store;
 use super::files::{StoredLayer, create};
 use super::options::PullOptions;
@@ -35,6 +37,8 @@ pub(super) struct Exported {
 pub(super) struct ExportedLayer {
     pub(super) digest: Digest,
     pub(super) size: u64,
+    /// Its media type in a new manifest.
+    media_type: MediaType,
     contents: ExportContents,
 }
 
@@ -128,7 +132,7 @@ impl Store {
                  are created again, and the image has another digest",
             ));
         }
-        self.create_again(record, config, form, options)
+        self.create_again(digest, record, config, form, has, options)
     }
 
     fn needed(&self, digest: Digest, what: &str) -> Result<Vec<u8>, Error> {
@@ -146,38 +150,55 @@ impl Store {
         has: Has<'_>,
         options: &PullOptions<'_>,
     ) -> Result<Option<Vec<ExportedLayer>>, Error> {
-        let missing = |layer: &&LayerRecord| {
-            layer.digest != layer.diff_id && !self.blob_path(layer.digest).exists()
-        };
-        let (elsewhere, missing): (Vec<_>, Vec<_>) = record
-            .layers
-            .iter()
-            .filter(missing)
-            .partition(|layer| layer.size.is_some_and(|size| has(layer.digest, size)));
+        let (elsewhere, missing) = self.absent(&record.layers, has);
         if !missing.is_empty() && !self.fetch(digest, record, &missing, options)? {
             return Ok(None);
         }
-        let export = |layer: &LayerRecord| {
-            if layer.digest == layer.diff_id {
-                return self.plain(layer.diff_id);
-            }
-            if elsewhere.iter().any(|other| other.digest == layer.digest) {
-                return Ok(ExportedLayer {
-                    digest: layer.digest,
-                    size: layer.size.unwrap_or(0),
-                    contents: ExportContents::Elsewhere,
-                });
-            }
-            let path = self.blob_path(layer.digest);
-            let size = fs::metadata(&path).map_err(Error::file("read", &path))?;
-            Ok(ExportedLayer {
-                digest: layer.digest,
-                size: size.len(),
-                contents: ExportContents::Stored(path),
-            })
+        let export = |layer: &LayerRecord| match layer.digest == layer.diff_id {
+            true => self.plain(layer.diff_id),
+            false => self.original(layer, &elsewhere),
         };
         let layers = record.layers.iter().map(export);
         layers.collect::<Result<Vec<_>, Error>>().map(Some)
+    }
+
+    /// Returns the layers whose originals are not stored: those that the recipient has, and
+    /// the others.
+    fn absent<'r>(
+        &self,
+        layers: &'r [LayerRecord],
+        has: Has<'_>,
+    ) -> (Vec<&'r LayerRecord>, Vec<&'r LayerRecord>) {
+        let absent = layers.iter().filter(|layer| {
+            layer.digest != layer.diff_id && !self.blob_path(layer.digest).exists()
+        });
+        absent.partition(|layer| layer.size.is_some_and(|size| has(layer.digest, size)))
+    }
+
+    /// Returns the original of a layer, which is stored or `elsewhere`.
+    fn original(
+        &self,
+        layer: &LayerRecord,
+        elsewhere: &[&LayerRecord],
+    ) -> Result<ExportedLayer, Error> {
+        let media_type = written::layer_type(layer.media_type.as_deref());
+        let media_type = media_type.unwrap_or(MediaType::ImageLayer);
+        if elsewhere.iter().any(|other| other.digest == layer.digest) {
+            return Ok(ExportedLayer {
+                digest: layer.digest,
+                size: layer.size.unwrap_or(0),
+                media_type,
+                contents: ExportContents::Elsewhere,
+            });
+        }
+        let path = self.blob_path(layer.digest);
+        let size = fs::metadata(&path).map_err(Error::file("read", &path))?;
+        Ok(ExportedLayer {
+            digest: layer.digest,
+            size: size.len(),
+            media_type,
+            contents: ExportContents::Stored(path),
+        })
     }
 
     /// Fetches original layers from the image's source. Returns `false` if the source
@@ -194,6 +215,8 @@ impl Store {
             cancel: &options.cancel,
             message: &|text| (options.report)(Progress::Message(text)),
         };
+        let origin = record.origin.as_ref();
+        let digest = origin.and_then(|origin| origin.base).unwrap_or(digest);
         // The name may refer to another image by now; the digest does not.
         let reference = match &record.origin {
             Some(origin) => format!("{}/{}@{digest}", origin.registry, origin.repository),
@@ -272,19 +295,42 @@ impl Store {
         Ok(true)
     }
 
-    /// Exports the image with a new manifest.
+    /// Exports the image with a new manifest. Original layers that are available, such as
+    /// those of the base of a committed image, are exported as they are.
     fn create_again(
         &self,
+        digest: Digest,
         record: &DiskRecord,
         config: Vec<u8>,
         form: Form,
+        has: Has<'_>,
         options: &PullOptions<'_>,
     ) -> Result<Exported, Error> {
         let of = record.layers.len();
         let mut layers = Vec::new();
+        let (elsewhere, missing) = match form {
+            Form::Plain => Default::default(),
+            Form::Gzip => self.absent(&record.layers, has),
+        };
+        let is_base = record.manifest_type.is_none() && record.origin.is_some();
+        let missing = match missing.is_empty() || !is_base {
+            true => missing,
+            false => match self.fetch(digest, record, &missing, options) {
+                Ok(true) => Vec::new(),
+                Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+                // The layers can be created without their source, but have other digests.
+                Ok(false) | Err(_) => missing,
+            },
+        };
+        let has_original = |layer: &LayerRecord| {
+            layer.digest != layer.diff_id
+                && written::layer_type(layer.media_type.as_deref()).is_some()
+                && !missing.iter().any(|other| other.digest == layer.digest)
+        };
         for (number, layer) in (1..).zip(&record.layers) {
             layers.push(match form {
                 Form::Plain => self.plain(layer.diff_id)?,
+                Form::Gzip if has_original(layer) => self.original(layer, &elsewhere)?,
                 Form::Gzip => self.compressed(layer.diff_id, &|done, total| {
                     (options.report)(Progress::Layer {
                         number,
@@ -297,8 +343,9 @@ impl Store {
         }
         let manifest = written::manifest(
             (record.config_digest, config.len() as u64),
-            layers.iter().map(|layer| (layer.digest, layer.size)),
-            matches!(form, Form::Gzip),
+            layers
+                .iter()
+                .map(|layer| (layer.media_type.clone(), layer.digest, layer.size)),
         )?;
         Ok(Exported {
             manifest,
@@ -313,6 +360,7 @@ impl Store {
         Ok(ExportedLayer {
             digest: diff_id,
             size: stored.totals().tar_len,
+            media_type: MediaType::ImageLayer,
             contents: ExportContents::Plain(diff_id),
         })
     }
@@ -350,6 +398,7 @@ impl Store {
         Ok(ExportedLayer {
             digest,
             size,
+            media_type: MediaType::ImageLayerGzip,
             contents: ExportContents::Created(created),
         })
     }

@@ -15,22 +15,36 @@ pub(super) fn manifest_type() -> String {
     MediaType::ImageManifest.to_string()
 }
 
-/// Returns the manifest of an image with this configuration and these layers (digest and
+/// Returns the media type of a layer in a manifest of the OCI, given that in another manifest;
+/// `None` if its compression is not known.
+pub(super) fn layer_type(media_type: Option<&str>) -> Option<MediaType> {
+    const DOCKER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+    let media_type = media_type?;
+    match media_type.strip_prefix(DOCKER) {
+        Some(".gzip") => return Some(MediaType::ImageLayerGzip),
+        Some(".zstd") => return Some(MediaType::ImageLayerZstd),
+        Some("") => return Some(MediaType::ImageLayer),
+        _ => {}
+    }
+    match MediaType::from(media_type) {
+        found @ (MediaType::ImageLayer | MediaType::ImageLayerGzip | MediaType::ImageLayerZstd) => {
+            Some(found)
+        }
+        _ => None,
+    }
+}
+
+/// Returns the manifest of an image with this configuration and these layers (type, digest and
 /// size in bytes), lowest first.
 ///
 /// # Errors
 /// The document cannot be serialized.
 pub(super) fn manifest(
     config: (Digest, u64),
-    layers: impl Iterator<Item = (Digest, u64)>,
-    compressed: bool,
+    layers: impl Iterator<Item = (MediaType, Digest, u64)>,
 ) -> Result<Vec<u8>, Error> {
-    let of_layers = match compressed {
-        false => MediaType::ImageLayer,
-        true => MediaType::ImageLayerGzip,
-    };
     let layers = layers
-        .map(|(digest, size)| descriptor(of_layers.clone(), digest, size))
+        .map(|(media_type, digest, size)| descriptor(media_type, digest, size))
         .collect::<Result<Vec<_>, _>>()?;
     let manifest = ImageManifestBuilder::default()
         .schema_version(SCHEMA_VERSION)
@@ -87,11 +101,33 @@ mod tests {
     use super::*;
     use crate::documents::{ImageManifest, OCI_CONFIG, OCI_LAYER_GZIP, parse};
 
+    #[test]
+    fn layers_keep_their_compression() {
+        let docker = "application/vnd.docker.image.rootfs.diff.tar";
+        for (media_type, expected) in [
+            (format!("{docker}.gzip"), Some(MediaType::ImageLayerGzip)),
+            (docker.to_owned(), Some(MediaType::ImageLayer)),
+            (OCI_LAYER_GZIP.to_owned(), Some(MediaType::ImageLayerGzip)),
+            (
+                "application/vnd.oci.image.layer.v1.tar+zstd".to_owned(),
+                Some(MediaType::ImageLayerZstd),
+            ),
+            ("application/x-tar".to_owned(), None),
+        ] {
+            assert_eq!(layer_type(Some(&media_type)), expected, "{media_type}");
+        }
+        assert_eq!(layer_type(None), None);
+    }
+
     /// What one library writes, the other types read.
     #[test]
     fn a_written_manifest_is_read() {
         let digest = Digest::of(b"x");
-        let bytes = manifest((digest, 7), [(digest, 9)].into_iter(), true).unwrap();
+        let bytes = manifest(
+            (digest, 7),
+            [(MediaType::ImageLayerGzip, digest, 9)].into_iter(),
+        )
+        .unwrap();
         let read: ImageManifest = parse(&bytes, "manifest").unwrap();
         assert_eq!(read.media_type, Some(manifest_type()));
         assert_eq!(

@@ -154,6 +154,7 @@ impl<'s> Registry<'s> {
             origin: Some(Origin {
                 registry: self.reference.registry().to_owned(),
                 repository: self.reference.repository().to_owned(),
+                base: None,
             }),
             ..image
         })

@@ -38,6 +38,7 @@ fn store(images: u32) -> (tempfile::TempDir, Store) {
             origin: Some(Origin {
                 registry: "registry".to_owned(),
                 repository: "repository".to_owned(),
+                base: None,
             }),
             reference: "reference".to_owned(),
         };
