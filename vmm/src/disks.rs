@@ -12,6 +12,7 @@
 mod chain;
 pub(crate) mod merging;
 mod template;
+mod verify;
 pub(crate) mod volume;
 
 use std::fs::{self, File, OpenOptions};
@@ -27,6 +28,7 @@ use thiserror::Error;
 use self::chain::{LayerFile, remove_file};
 
 pub use self::template::Templates;
+pub use self::verify::VerifiedDisks;
 
 /// Number of volumes that a VM can mount as disks.
 pub const MAX_VOLUME_DISKS: u32 = *SLOTS_VOLUMES.end() - *SLOTS_VOLUMES.start() + 1;

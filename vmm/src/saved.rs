@@ -4,7 +4,7 @@
 //! device, and one of this crate: `vm`, the VMM's description of the VM.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sm_control::config::StoredConfigV1;
@@ -26,6 +26,7 @@ use sm_vmm_core::state::{MachineState, SECTION_VERSIONS};
 use sm_vmm_core::virtio::layered::MAX_LAYERS;
 use sm_vmm_core::virtio::{balloon, blk, rng};
 
+use super::disks::VerifiedDisks;
 use super::environment::Identity;
 
 /// Name and layout version of the section with [`Content`], which is JSON: members may be
@@ -77,6 +78,14 @@ impl SavedDisk {
     pub(crate) fn file_name(slot: u32, number: usize) -> String {
         format!("disk-{slot}.{number}")
     }
+
+    /// Returns its files in the directory of the snapshot, the lowest layer first.
+    fn files(&self, dir: &Path) -> Vec<PathBuf> {
+        let layers = 0..self.layers.min(MAX_LAYERS);
+        layers
+            .map(|number| dir.join(Self::file_name(self.slot, number)))
+            .collect()
+    }
 }
 
 /// A machine in a snapshot, opened for use.
@@ -91,13 +100,7 @@ impl Saved {
     /// if the snapshot has no such disk.
     pub(crate) fn disk(&self, slot: u32) -> Option<Vec<PathBuf>> {
         let disk = self.content.disks.iter().find(|disk| disk.slot == slot)?;
-        let dir = self.chain.tip().lease.dir();
-        let layers = 0..disk.layers.min(MAX_LAYERS);
-        Some(
-            layers
-                .map(|number| dir.join(SavedDisk::file_name(slot, number)))
-                .collect(),
-        )
+        Some(disk.files(self.chain.tip().lease.dir()))
     }
 
     /// Opens a snapshot and checks that this host and program can run it. `cpu` is the
@@ -150,6 +153,24 @@ pub fn content(chain: &Chain) -> Result<Content, Error> {
         reason: format!("its description of the VM cannot be read: {error}"),
         path,
     })
+}
+
+/// Verifies the disks of the snapshot at the tip of a chain. The contents of layers have no
+/// digests: what is found is a file that is missing, cut, unreadable, or of another disk.
+///
+/// # Errors
+/// The first problem.
+pub fn verify_disks(chain: &Chain) -> Result<VerifiedDisks, Error> {
+    let dir = chain.tip().lease.dir();
+    let mut verified = VerifiedDisks::default();
+    for disk in content(chain)?.disks {
+        let files = disk.files(dir);
+        verified.add(&files).map_err(|error| Error::Damaged {
+            reason: with_causes(&error),
+            path: dir.to_owned(),
+        })?;
+    }
+    Ok(verified)
 }
 
 /// A snapshot to be created.

@@ -49,9 +49,14 @@ pub(crate) fn run(sm: &Sm, command: SnapshotCommand, printer: &Printer) -> Resul
         }
         SnapshotCommand::Verify { names } => each(&names, printer, |name| {
             let verified = sm.snapshots().verify(name)?;
+            let (memory, disks) = (verified.memory, verified.disks);
+            let layers = match disks.layers {
+                0 => String::new(),
+                layers => format!(", {} in {layers} layers of disks", format_size(disks.bytes)),
+            };
             printer.line(format_args!(
-                "{name}: sound ({} pages in {} snapshots)",
-                verified.pages, verified.snapshots
+                "{name}: sound ({} pages in {} snapshots{layers})",
+                memory.pages, memory.snapshots
             ));
             Ok(())
         }),

@@ -23,6 +23,7 @@ pub use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest, MemoryEntry, Paren
 use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::VerifiedSnapshot;
 use sm_vmm::IMAGE_LABEL;
+pub use sm_vmm::disks::VerifiedDisks;
 
 use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;
@@ -42,6 +43,16 @@ pub(crate) fn check_user_name(name: &str) -> Result<(), Error> {
         .into()),
         None => Ok(()),
     }
+}
+
+/// Statistics of a verification.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VerifiedContents {
+    /// The memory of the snapshot and of its ancestors.
+    pub memory: VerifiedSnapshot,
+    /// The disks of the snapshot.
+    pub disks: VerifiedDisks,
 }
 
 /// A snapshot in a listing.
@@ -152,13 +163,17 @@ impl Snapshots {
         Ok(self.store().lease(name)?.manifest().clone())
     }
 
-    /// Verifies every byte of a snapshot and of those on which it builds.
+    /// Verifies every byte of a snapshot and of those on which it builds, and its disks: their
+    /// layers have no digests, but have to be complete, readable, and of one disk.
     ///
     /// # Errors
     /// The first difference.
-    pub fn verify(&self, name: &str) -> Result<VerifiedSnapshot, Error> {
+    pub fn verify(&self, name: &str) -> Result<VerifiedContents, Error> {
         let chain = Chain::open(&self.store(), name)?;
-        Ok(sm_snapshot::verify::verify(&chain)?)
+        Ok(VerifiedContents {
+            memory: sm_snapshot::verify::verify(&chain)?,
+            disks: sm_vmm::saved::verify_disks(&chain)?,
+        })
     }
 
     /// Compares the guest memory of two snapshots.

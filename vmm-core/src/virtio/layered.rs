@@ -26,6 +26,7 @@ mod merge;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 mod tests;
+mod verify;
 
 use std::fs::File;
 use std::io;

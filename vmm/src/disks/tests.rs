@@ -198,6 +198,43 @@ fn layers_above_one_that_was_never_flushed_may_be_lost() {
 }
 
 #[test]
+fn layers_of_a_snapshot_are_verified() {
+    let fixture = Fixture::new();
+    let (directory, disk) = fixture.disk("one");
+    disk.store(&[1; 3 * PAGE], 0).unwrap();
+    disk.flush().unwrap();
+    let layers = directory.layers().unwrap();
+    let verify = |layers: &[PathBuf]| {
+        let mut verified = VerifiedDisks::default();
+        verified.add(layers).map(|()| verified)
+    };
+    let verified = verify(&layers).unwrap();
+    let template = verify(&layers[..1]).unwrap();
+    assert_eq!((verified.layers, template.layers), (2, 1));
+    assert_eq!(verified.bytes - template.bytes, 3 * PAGE as u64);
+    // Of another disk, not in order, missing, cut.
+    let (other, _) = fixture.disk("other");
+    let other = other.layers().unwrap().pop().unwrap();
+    let fails = |layers: &[PathBuf]| match verify(layers).unwrap_err() {
+        DiskError::Layer { path, .. } | DiskError::Io { path, .. } => path,
+        error => panic!("{error}"),
+    };
+    let [lowest, top] = &layers[..] else {
+        panic!("two layers");
+    };
+    assert_eq!(fails(&[lowest.clone(), top.clone(), other.clone()]), other);
+    assert_eq!(fails(&[top.clone(), lowest.clone()]), *lowest);
+    let missing = top.with_file_name("9");
+    assert_eq!(fails(&[lowest.clone(), missing.clone()]), missing);
+    fs::OpenOptions::new()
+        .write(true)
+        .open(top)
+        .and_then(|file| file.set_len(CAPACITY))
+        .unwrap();
+    assert_eq!(fails(&layers), *top);
+}
+
+#[test]
 fn a_failed_creation_leaves_no_disk() {
     let fixture = Fixture::new();
     let directory = fixture.record("one");

@@ -19,10 +19,12 @@ use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::layout::SLOT_RNG;
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::{MIN_MEMORY, MemoryConfig};
+use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
 
 use super::*;
 use crate::capturing::{CaptureCallbacks, Capturing, FrozenDisk, Origin, PublishedCapture};
+use crate::disks::{DiskDirectory, Templates};
 
 const ENTRY: u32 = 0x10_0000;
 
@@ -145,9 +147,18 @@ fn no_disks() -> Result<Vec<FrozenDisk>, String> {
 }
 
 fn capture(f: &mut Fixture, name: &str, origin: Origin) -> Result<PublishedCapture, String> {
+    capture_with(f, name, origin, no_disks)
+}
+
+fn capture_with(
+    f: &mut Fixture,
+    name: &str,
+    origin: Origin,
+    disks: impl FnOnce() -> Result<Vec<FrozenDisk>, String>,
+) -> Result<PublishedCapture, String> {
     let (callbacks, heard) = callbacks();
     let plan = plan(&f.store, name);
-    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, no_disks, callbacks)?;
+    let (capturing, thread) = Capturing::begin(plan, &mut f.machine, origin, disks, callbacks)?;
     assert!(!f.machine.is_running());
     let copied = heard.copied.recv().unwrap();
     f.machine.resume().unwrap();
@@ -324,6 +335,36 @@ fn a_machine_whose_memory_cannot_be_stored_runs_on() {
 }
 
 /// A cancelled capture is not published, complete or not.
+#[test]
+fn disks_of_a_snapshot_are_verified() {
+    let Some(mut f) = fixture() else {
+        return;
+    };
+    let template = Templates::new(f.dir.path()).get(64 << 20).unwrap();
+    let directory = DiskDirectory::at(f.dir.path().join("disk"));
+    let disk = directory.create(&[template]).unwrap();
+    disk.store(&[7; 5000], 0).unwrap();
+    let disks = || {
+        Ok(vec![FrozenDisk {
+            slot: 3,
+            layers: directory.layers().unwrap(),
+            backing: Arc::new(Disk::layered(disk)),
+        }])
+    };
+    capture_with(&mut f, "one", Origin::default(), disks).unwrap();
+    let chain = Chain::open(&f.store, "one").unwrap();
+    let verified = verify_disks(&chain).unwrap();
+    assert_eq!(verified.layers, 2);
+    assert!(verified.bytes > 2 * 4096, "{verified:?}");
+    let top = chain.tip().lease.dir().join("disk-3.1");
+    fs::remove_file(&top).unwrap();
+    let error = with_causes(&verify_disks(&chain).unwrap_err());
+    assert!(error.contains("disk-3.1"), "{error}");
+    fs::write(&top, [1; 100]).unwrap();
+    let error = with_causes(&verify_disks(&chain).unwrap_err());
+    assert!(error.contains("disk-3.1"), "{error}");
+}
+
 #[test]
 fn a_cancelled_capture_publishes_nothing() {
     let Some(mut f) = fixture() else { return };

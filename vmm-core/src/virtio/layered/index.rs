@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// Length of a leaf in the file.
 pub(super) const LEAF_BYTES: usize = 4096;
 /// Clusters that one leaf describes.
-const LEAF_CLUSTERS: u64 = LEAF_BYTES as u64 * 8;
+pub(super) const LEAF_CLUSTERS: u64 = LEAF_BYTES as u64 * 8;
 const WORDS: usize = LEAF_BYTES / 8;
 
 /// A set of clusters, which only grows. A leaf exists from its first cluster on.

@@ -24,7 +24,7 @@ pub const MAX_CAPACITY: u64 = 8 << 40;
 const MAGIC: [u8; 8] = *b"SMLAYER\0";
 /// In version 1, clusters followed the index at once.
 const VERSION: u32 = 2;
-const HEADER_BYTES: u64 = 4096;
+pub(super) const HEADER_BYTES: u64 = 4096;
 /// The clusters begin at a multiple of it: Linux keeps a file in its page cache in naturally
 /// aligned units of up to this size, so requests touch as few of them as those to a raw file.
 const ALIGNMENT: u64 = 2 << 20;

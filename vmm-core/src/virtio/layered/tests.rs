@@ -350,6 +350,28 @@ fn a_layer_of_version_1_is_read_and_written() {
 }
 
 #[test]
+fn a_layer_is_verified() {
+    let memory = memory();
+    let disk = single(CAPACITY);
+    write(&disk, &memory, &[7; 8192], 5 * CLUSTER);
+    write(&disk, &memory, &[7; 4096], CAPACITY - CLUSTER);
+    disk.discard(6 * CLUSTER, CLUSTER).unwrap();
+    assert_eq!(disk.top.verify().unwrap(), 2 * CLUSTER);
+    disk.flush().unwrap();
+    let recorded = |bytes: Vec<u8>| {
+        let layer = DiskLayer::open_on(Box::new(recorded::Recorded::holding(bytes)));
+        layer.unwrap().verify()
+    };
+    let mut bytes = vec![0; disk.top.storage.len().unwrap() as usize];
+    disk.top.storage.load(&mut bytes, 0).unwrap();
+    assert!(recorded(bytes.clone()).is_ok());
+    // The bit of the first cluster past the end, in the first leaf.
+    let (byte, bit) = ((CAPACITY / CLUSTER / 8) as usize, CAPACITY / CLUSTER % 8);
+    bytes[CLUSTER as usize + byte] |= 1 << bit;
+    assert!(matches!(recorded(bytes), Err(LayerError::Format(_))));
+}
+
+#[test]
 fn layers_of_other_disks_are_refused() {
     let layer = |own: u8, below: Option<u8>, capacity| {
         DiskLayer::create(file(), id(own), below.map(id), capacity).unwrap()
