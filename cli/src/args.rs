@@ -257,7 +257,7 @@ pub(crate) struct LogsArgs {
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
     /// Seconds between the stop signal and SIGKILL [default: the VM's own]
-    #[arg(short = 't', long = "time", value_name = "SECONDS")]
+    #[arg(short = 't', long = "time", alias = "timeout", value_name = "SECONDS")]
     pub(crate) time: Option<u64>,
     /// Names or IDs
     #[arg(required = true)]
@@ -304,8 +304,12 @@ pub(crate) struct StatsArgs {
     /// Duration of the measurement, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "5", requires = "profile", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) interval: u64,
-    /// Name or ID
-    pub(crate) vm: String,
+    /// Accepted for Docker's sake: figures are printed once
+    #[arg(long, hide = true)]
+    pub(crate) no_stream: bool,
+    /// Names or IDs [default: all running VMs]
+    #[arg(required_if_eq("profile", "true"))]
+    pub(crate) vms: Vec<String>,
 }
 
 /// Options of every list.

@@ -6,6 +6,7 @@
 
 mod args;
 mod commands;
+mod docker_options;
 mod failure;
 mod filter;
 mod listing;
@@ -71,12 +72,17 @@ fn run(
     arguments: impl Iterator<Item = OsString>,
     printer: &Printer,
 ) -> Result<u32, (Failure, u32)> {
-    let cli = match Cli::try_parse_from(arguments) {
+    let arguments: Vec<_> = arguments.collect();
+    let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(mut error) => {
             remove_value_tip(&mut error);
             // Requested help and version go to standard output.
             let status = usage_status(&error);
+            let command = arguments.get(1).and_then(|command| command.to_str());
+            if let Some(reason) = docker_options::reason(command, &error) {
+                return Err((Failure::new(anyhow::Error::msg(reason)), status));
+            }
             let printed = error.print();
             printed.map_err(|error| (Failure::new(error.into()), status))?;
             return Ok(status);

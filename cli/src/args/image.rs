@@ -46,6 +46,9 @@ pub(crate) struct ImagesArgs {
     /// Show whole IDs
     #[arg(long)]
     pub(crate) no_trunc: bool,
+    /// Accepted for Docker's sake: every image has a name
+    #[arg(short, long, hide = true)]
+    pub(crate) all: bool,
     /// Show only images that match: before, dangling, id, label, reference or since
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub(crate) filter: Vec<String>,
@@ -89,6 +92,9 @@ pub(crate) struct TagArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RmiArgs {
+    /// Ignore images that do not exist
+    #[arg(short, long)]
+    pub(crate) force: bool,
     /// Names or IDs
     #[arg(required = true)]
     pub(crate) images: Vec<String>,
@@ -103,6 +109,9 @@ pub(crate) struct ImageNames {
 
 #[derive(Debug, Args)]
 pub(crate) struct HistoryArgs {
+    /// Print IDs of layers only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
     /// Show whole commands
     #[arg(long)]
     pub(crate) no_trunc: bool,

@@ -64,7 +64,7 @@ pub(crate) struct StartArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RestartArgs {
     /// Seconds between the stop signal and SIGKILL [default: the VM's own]
-    #[arg(short = 't', long = "time", value_name = "SECONDS")]
+    #[arg(short = 't', long = "time", alias = "timeout", value_name = "SECONDS")]
     pub(crate) time: Option<u64>,
     /// Names or IDs
     #[arg(required = true)]

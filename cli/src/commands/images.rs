@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::anyhow;
-use sm_runtime::Sm;
 use sm_runtime::image::{Fetch, Image, LayerStep, Platform, Progress, PruneOptions, PullOptions};
+use sm_runtime::{ErrorKind, Sm};
 
 use super::archive;
 use super::listed_images::{self, age, short};
@@ -154,6 +154,7 @@ pub(crate) fn remove(sm: &Sm, args: &RmiArgs, printer: &Printer) -> Result<u32, 
     for query in &args.images {
         match sm.images().remove(query) {
             Ok(_) => printer.line(query),
+            Err(error) if args.force && error.kind() == ErrorKind::NotFound => {}
             Err(error) => {
                 printer.error(&error.into());
                 status = FAILED;
@@ -213,6 +214,12 @@ pub(crate) fn history(sm: &Sm, args: &HistoryArgs, printer: &Printer) -> Result<
     steps.reverse();
     if args.format.json() {
         printer.json(&steps)?;
+        return Ok(0);
+    }
+    if args.quiet {
+        for step in &steps {
+            printer.line(step.layer.as_deref().unwrap_or("<missing>"));
+        }
         return Ok(0);
     }
     let rows: Vec<_> = steps

@@ -6,9 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use serde::{Serialize, Serializer};
-use sm_runtime::id::VmId;
+use sm_runtime::id::{SHORT_LEN, VmId};
 use sm_runtime::publish::{HostEnd, PublishedPort};
-use sm_runtime::{Damaged, HealthStatus, Inspection, Inspections, Sm, StateView, VmStatus};
+use sm_runtime::{
+    Damaged, Error, GuestStats, HealthStatus, Inspection, Inspections, Sm, StateView, Vm, VmState,
+    VmStatus,
+};
 
 use super::shown_vm;
 use crate::args::{InspectArgs, PortArgs, PsArgs, StatsArgs};
@@ -317,37 +320,95 @@ pub(crate) fn stats(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32,
     if args.profile {
         return profile(sm, args, printer);
     }
-    let stats = sm.vm(&args.vm)?.stats()?;
-    if args.format.json() {
-        printer.json(&stats)?;
-        return Ok(0);
+    let (mut rows, mut status) = (Vec::new(), 0);
+    let vms: Vec<Result<Vm, Error>> = match args.vms.as_slice() {
+        [] => {
+            let mut running = sm.vms().list()?;
+            running.retain(|vm| matches!(vm.state(), Ok(VmState::Running)));
+            running.into_iter().map(Ok).collect()
+        }
+        queries => queries.iter().map(|query| sm.vm(query)).collect(),
+    };
+    for vm in vms {
+        let figures = vm.and_then(|vm| {
+            Ok(Figures {
+                id: vm.id().as_str().to_owned(),
+                name: vm.name().to_owned(),
+                stats: vm.stats()?,
+            })
+        });
+        match figures {
+            Ok(figures) => rows.push(figures),
+            // It has ended meanwhile.
+            Err(Error::NotRunning(_)) if args.vms.is_empty() => {}
+            Err(error) => {
+                printer.error(&error.into());
+                status = FAILED;
+            }
+        }
     }
-    let used = stats
-        .memory_total_kib
-        .saturating_sub(stats.memory_available_kib);
-    let kib = |kib: u64| format_size(kib.saturating_mul(1024));
+    if args.format.json() {
+        match (args.vms.len(), rows.as_slice()) {
+            // The form for a single VM, of which programs know the name.
+            (1, [one]) => printer.json(one)?,
+            (1, _) => {}
+            (_, all) => printer.json(&all)?,
+        }
+        return Ok(status);
+    }
+    if rows.is_empty() && status != 0 {
+        return Ok(status);
+    }
+    let rows: Vec<_> = rows.iter().map(Figures::cells).collect();
     printer.line(table::render(
         [
+            "VM ID",
+            "NAME",
             "MEMORY USED",
             "MEMORY",
             "PROCESSES",
             "CPU TIME",
             "OOM KILLS",
         ],
-        &[[
+        &rows,
+    ));
+    Ok(status)
+}
+
+/// The figures of a VM.
+#[derive(Serialize)]
+struct Figures {
+    id: String,
+    name: String,
+    #[serde(flatten)]
+    stats: GuestStats,
+}
+
+impl Figures {
+    fn cells(&self) -> [String; 7] {
+        let stats = &self.stats;
+        let used = stats
+            .memory_total_kib
+            .saturating_sub(stats.memory_available_kib);
+        let kib = |kib: u64| format_size(kib.saturating_mul(1024));
+        [
+            self.id.get(..SHORT_LEN).unwrap_or(&self.id).to_owned(),
+            self.name.clone(),
             kib(used),
             kib(stats.memory_total_kib),
             stats.processes.to_string(),
             format!("{:.3} s", Duration::from_micros(stats.cpu_us).as_secs_f64()),
             stats.oom_kills.to_string(),
-        ]],
-    ));
-    Ok(0)
+        ]
+    }
 }
 
 /// Measures the stages of a VM's connections (`sm stats --profile`).
 fn profile(sm: &Sm, args: &StatsArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = sm.vm(&args.vm)?;
+    let [query] = args.vms.as_slice() else {
+        return Err(anyhow!("--profile measures one VM at a time").into());
+    };
+    let vm = sm.vm(query)?;
     vm.start_profile()?;
     let seconds = args.interval;
     printer.note(format_args!("measuring for {seconds} s"));
