@@ -201,7 +201,7 @@ fn copies(options: &LifeOptions) -> Result<()> {
         "--name",
         COPIES,
         "-m",
-        "512",
+        "512m",
         "--publish-unix",
         &sink_port,
         "--publish-unix",

@@ -72,7 +72,7 @@ impl<'a> RunningGuest<'a> {
             options.mib * 16
         );
         let mut run = Command::new(&options.sm);
-        run.args(["run", "-d", "--name", NAME, "-m", "256"]);
+        run.args(["run", "-d", "--name", NAME, "-m", "256m"]);
         for port in [SINK, SOURCE] {
             let path = directory.path().join(port.to_string());
             run.arg("--publish-unix")
