@@ -329,3 +329,44 @@ fn an_abort_of_the_guest_resets_the_peer() {
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert_eq!(guest.stats().tcp_flows, 0);
 }
+
+#[test]
+fn a_connection_that_the_guest_has_forgotten_ends() {
+    let (mut guest, mut peer) = pair(1000);
+    // The peer never ends its side.
+    guest.socket().close();
+    let buffers = || tcp::SocketBuffer::new(vec![0; 100]);
+    let other = guest.sockets.add(tcp::Socket::new(buffers(), buffers()));
+    let minutes = |guest: &mut Guest, count: u64| {
+        for _ in 0..count {
+            // Attempts that are refused preserve the gateway's entry in the guest's table of
+            // neighbours: smoltcp drops a packet for one that is not there.
+            let context = guest.interface.context();
+            let socket: &mut tcp::Socket<'_> = guest.sockets.get_mut(other);
+            let port = 40_001 + u16::try_from(guest.now.secs() / 50).unwrap();
+            socket
+                .connect(context, (IpAddress::from(REMOTE), 1), port)
+                .unwrap();
+            for _ in 0..10 {
+                guest.step();
+            }
+            guest.event_loop.advance(Duration::from_secs(50));
+            guest.now += smoltcp::time::Duration::from_secs(50);
+            for _ in 0..10 {
+                guest.step();
+            }
+        }
+    };
+    minutes(&mut guest, 10);
+    assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0);
+    assert_eq!(guest.socket().state(), tcp::State::FinWait2);
+    assert_eq!(guest.stats().tcp_flows, 1, "the guest may be waiting");
+    // Bytes still pass.
+    peer.write_all(b"late").unwrap();
+    minutes(&mut guest, 1);
+    assert_eq!(guest.socket().recv_queue(), 4);
+    let socket = guest.socket;
+    guest.sockets.remove(socket);
+    minutes(&mut guest, 3);
+    assert_eq!(guest.stats().tcp_flows, 0);
+}

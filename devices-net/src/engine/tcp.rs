@@ -222,6 +222,8 @@ impl TcpFlows {
         }
         if flow.control.in_flight() > 0 || closed {
             flow.arm(slot, turn.now, turn.registry);
+        } else if flow.is_half_closed() {
+            flow.watch(slot, turn.now, turn.registry);
         } else {
             flow.deadline = None;
         }
@@ -264,6 +266,8 @@ impl TcpFlows {
         flow.control.taken(taken, effect.end && taken == wanted);
         if flow.host.failed || flow.finish_host().is_err() {
             self.host_failed(slot);
+        } else if flow.is_half_closed() && flow.control.in_flight() == 0 {
+            flow.watch(slot, turn.now, turn.registry);
         }
         turn.stats.tcp_bytes_from_guest += u64::from(taken);
     }

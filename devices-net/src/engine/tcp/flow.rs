@@ -18,6 +18,9 @@ use super::control::Control;
 /// Time until segments are sent again at first, and at most.
 const RETRY: Duration = Duration::from_millis(200);
 const MAX_RETRY: Duration = Duration::from_secs(3);
+/// Time between probes of a guest that has ended its side: it may have forgotten the
+/// connection, which Linux does after a minute, while the peer never ends its own.
+const WATCH: Duration = Duration::from_secs(75);
 /// Smallest window of a flow without a backlog.
 const MIN_ROOM: u32 = 16 << 10;
 /// Parts of the backlog that one call sends.
@@ -59,6 +62,8 @@ pub(super) struct TcpFlow {
     pub(super) end_acknowledged: bool,
     /// Number of acknowledgments that the guest gets.
     pub(super) acknowledgments: u8,
+    /// The guest is asked whether it knows the connection.
+    pub(super) ask: bool,
     /// Number of times that the first unacknowledged segment was sent again.
     pub(super) tries: u8,
     /// Time at which it is sent again.
@@ -90,6 +95,7 @@ impl TcpFlow {
             to_host: ByteQueue::default(),
             end_acknowledged: false,
             acknowledgments: 0,
+            ask: false,
             tries: 0,
             deadline: None,
             timer: None,
@@ -106,10 +112,26 @@ impl TcpFlow {
         self.host.shut && self.end_acknowledged && self.acknowledgments == 0
     }
 
+    /// Returns true if only the peer can end the flow.
+    pub(super) fn is_half_closed(&self) -> bool {
+        self.host.shut && !self.host.ended && self.to_guest.is_empty()
+    }
+
     /// Sets the time for sending again, unless it is set.
     pub(super) fn arm(&mut self, slot: u32, now: Instant, registry: &mut dyn Registry) {
         let wait = RETRY.saturating_mul(1 << self.tries.min(4)).min(MAX_RETRY);
-        let at = *self.deadline.get_or_insert(now + wait);
+        self.arm_at(slot, now + wait, registry);
+    }
+
+    /// Sets the time for a probe of a guest that has ended its side.
+    pub(super) fn watch(&mut self, slot: u32, now: Instant, registry: &mut dyn Registry) {
+        self.deadline = None;
+        self.arm_at(slot, now + WATCH, registry);
+    }
+
+    /// Sets the deadline, unless it is set, and a timer that is due at or before it.
+    fn arm_at(&mut self, slot: u32, at: Instant, registry: &mut dyn Registry) {
+        let at = *self.deadline.get_or_insert(at);
         // An earlier timer sets the next one when it is due: one for many segments.
         if let Some(timer) = self.timer {
             if timer.at() <= at {

@@ -72,6 +72,11 @@ impl TcpFlows {
         if turn.now < deadline {
             return flow.arm(slot, turn.now, turn.registry);
         }
+        if flow.control.in_flight() == 0 && flow.is_half_closed() {
+            flow.ask = true;
+            self.ready.push_back(slot);
+            return flow.watch(slot, turn.now, turn.registry);
+        }
         flow.deadline = None;
         flow.tries = flow.tries.saturating_add(1);
         if flow.tries > MAX_TRIES {

@@ -220,14 +220,20 @@ impl TcpFlows {
         if flow.acknowledgments == 0 && flow.control.worth_granting(room) {
             flow.acknowledgments = 1;
         }
-        while flow.acknowledgments > 0 {
+        while flow.acknowledgments > 0 || flow.ask {
             let key = flow.key;
             let mut segment = TcpSegment::new(key.remote.port(), key.guest.port(), TcpFlags::ACK);
-            segment.sequence = flow.control.sequence();
+            // A number that the guest has acknowledged makes it answer.
+            segment.sequence = match flow.ask {
+                true => flow.control.send_first.wrapping_sub(1),
+                false => flow.control.sequence(),
+            };
             segment.acknowledgment = flow.control.receive_next;
             segment.window = flow.control.grant(room, false);
             output.segment(&key, &segment, flow.control.mss, &[])?;
-            flow.acknowledgments -= 1;
+            if !std::mem::take(&mut flow.ask) {
+                flow.acknowledgments -= 1;
+            }
         }
         Ok(())
     }
