@@ -370,3 +370,23 @@ fn a_connection_that_the_guest_has_forgotten_ends() {
     minutes(&mut guest, 3);
     assert_eq!(guest.stats().tcp_flows, 0);
 }
+
+#[test]
+fn a_lost_end_is_sent_again_also_if_the_guest_has_ended_first() {
+    let (mut guest, peer) = pair(1000);
+    guest.socket().close();
+    for _ in 0..50 {
+        guest.step();
+    }
+    // The end of the peer is lost once.
+    guest.lose_one_of(1);
+    peer.shutdown(Shutdown::Write).unwrap();
+    for _ in 0..50 {
+        guest.step();
+    }
+    guest.lose_one_of(0);
+    for _ in 0..1000 {
+        guest.step();
+    }
+    assert_eq!(guest.stats().tcp_flows, 0);
+}

@@ -117,7 +117,7 @@ impl TcpFlow {
         self.host.shut && !self.host.ended && self.to_guest.is_empty()
     }
 
-    /// Sets the time for sending again, unless it is set.
+    /// Sets the time for sending again, unless it is set to an earlier one.
     pub(super) fn arm(&mut self, slot: u32, now: Instant, registry: &mut dyn Registry) {
         let wait = RETRY.saturating_mul(1 << self.tries.min(4)).min(MAX_RETRY);
         self.arm_at(slot, now + wait, registry);
@@ -129,9 +129,10 @@ impl TcpFlow {
         self.arm_at(slot, now + WATCH, registry);
     }
 
-    /// Sets the deadline, unless it is set, and a timer that is due at or before it.
-    fn arm_at(&mut self, slot: u32, at: Instant, registry: &mut dyn Registry) {
-        let at = *self.deadline.get_or_insert(at);
+    /// Sets the deadline, unless it is earlier, and a timer that is due at or before it.
+    pub(super) fn arm_at(&mut self, slot: u32, at: Instant, registry: &mut dyn Registry) {
+        let at = self.deadline.map_or(at, |earlier| earlier.min(at));
+        self.deadline = Some(at);
         // An earlier timer sets the next one when it is due: one for many segments.
         if let Some(timer) = self.timer {
             if timer.at() <= at {

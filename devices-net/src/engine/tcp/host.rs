@@ -70,7 +70,7 @@ impl TcpFlows {
             return;
         };
         if turn.now < deadline {
-            return flow.arm(slot, turn.now, turn.registry);
+            return flow.arm_at(slot, deadline, turn.registry);
         }
         if flow.control.in_flight() == 0 && flow.is_half_closed() {
             flow.ask = true;
