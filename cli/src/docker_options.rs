@@ -36,10 +36,6 @@ pub(crate) fn reason(command: Option<&str>, error: &clap::Error) -> Option<Strin
 fn of_option(command: &str, option: &str) -> Option<&'static str> {
     Some(match (command, option) {
         ("run" | "create", _) => return of_run(option),
-        ("exec", "-d" | "--detach") => {
-            "a command ends with its client; let a shell of the guest start it: \
-             sm exec VM sh -c 'COMMAND > /dev/null 2>&1 &'"
-        }
         ("exec" | "attach" | "start", "--detach-keys") => "the keys are always ctrl-p ctrl-q",
         ("attach", "--sig-proxy") => "signals are forwarded; add --no-stdin to send no input",
         ("stop" | "restart", "-s" | "--signal") => {
@@ -165,7 +161,7 @@ mod tests {
             ),
             ("sm run --pids-limit 5 x", "(--cpus)"),
             ("sm create -P x", "-p auto"),
-            ("sm exec -d web true", "sh -c"),
+            ("sm exec --detach-keys x web true", "ctrl-p"),
             ("sm stop --signal INT web", "--stop-signal"),
             ("sm update --cpu-shares 5 web", "(--cpus)"),
             ("sm update --memory 1g web", "was created"),

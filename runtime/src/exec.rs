@@ -115,6 +115,13 @@ impl ExecBuilder {
         self
     }
 
+    /// Lets it continue when the session is dropped. Its standard streams are `/dev/null`.
+    #[must_use]
+    pub fn detached(mut self, yes: bool) -> Self {
+        self.request.detached = yes;
+        self
+    }
+
     /// Gives it all capabilities of the guest's kernel, even if the workload does not have
     /// them.
     #[must_use]

@@ -285,6 +285,9 @@ impl From<Paging> for sm_runtime::Paging {
 pub(crate) struct ExecArgs {
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+    /// Run in the background, without input and output
+    #[arg(short, long)]
+    pub(crate) detach: bool,
     /// Give the command all capabilities, even if the workload does not have them
     #[arg(long)]
     pub(crate) privileged: bool,

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal as _};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use sm_runtime::session::SessionWriter;
+use sm_runtime::session::{Event, Session, SessionWriter};
 use sm_runtime::{Input, Sm};
 
 use super::run::{EXIT_VM_ENDED, Workload};
@@ -30,8 +30,8 @@ impl Remote for RemoteCommand {
     }
 }
 
-pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
-    if args.process.tty && args.process.interactive && !io::stdin().is_terminal() {
+pub(crate) fn exec(sm: &Sm, args: ExecArgs, printer: &Printer) -> Result<u32, Failure> {
+    if args.process.tty && args.process.interactive && !args.detach && !io::stdin().is_terminal() {
         return Err(anyhow!(
             "standard input is not a terminal: leave out -t, or run this from a terminal"
         )
@@ -43,6 +43,7 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
         .exec(args.command)
         .stdin(process.interactive)
         .privileged(args.privileged)
+        .detached(args.detach)
         .env(process.environment()?);
     if let Some(directory) = process.workdir {
         builder = builder.cwd(directory);
@@ -57,7 +58,10 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
         let (columns, rows) = terminal::size().unwrap_or((80, 24));
         builder = builder.tty(columns, rows);
     }
-    let session = builder.start()?;
+    let mut session = builder.start()?;
+    if args.detach {
+        return until_started(&mut session, printer);
+    }
     let command = RemoteCommand(session.writer());
     let wiring = Wiring {
         stdin: process.interactive,
@@ -71,6 +75,19 @@ pub(crate) fn exec(sm: &Sm, args: ExecArgs) -> Result<u32, Failure> {
             End::Lost => EXIT_VM_ENDED,
         },
     )
+}
+
+/// Waits until a command in the background runs.
+fn until_started(session: &mut Session, printer: &Printer) -> Result<u32, Failure> {
+    while let Some(event) = session.next_event()? {
+        match event {
+            Event::Started { .. } => return Ok(0),
+            Event::Error(text) => printer.note(format_args!("sm: {text}")),
+            Event::Exit(status) => return Ok(status),
+            _ => {}
+        }
+    }
+    Ok(EXIT_VM_ENDED)
 }
 
 pub(crate) fn attach(sm: &Sm, args: &AttachArgs, printer: &Printer) -> Result<u32, Failure> {

@@ -34,7 +34,7 @@ pub(crate) fn run(begin: Phase, cli: Cli, printer: &Printer) -> Result<u32, Fail
         Command::Create(args) => run::create(begin, &sm()?, &args, printer),
         Command::Start(args) => start::start(begin, &sm()?, &args, printer),
         Command::Restart(args) => start::restart(&sm()?, &args, printer),
-        Command::Exec(args) => exec::exec(&sm()?, args),
+        Command::Exec(args) => exec::exec(&sm()?, args, printer),
         Command::Attach(args) => exec::attach(&sm()?, &args, printer),
         Command::Ps(args) => list::ps(&sm()?, &args, printer),
         Command::Port(args) => list::port(&sm()?, &args, printer),

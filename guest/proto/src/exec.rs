@@ -8,7 +8,7 @@
 //! the agent.
 //!
 //! When the client closes its connection before EXIT, the agent sends the command SIGHUP
-//! and, after a grace period, SIGKILL. The workload ([`Role::Main`]) continues instead:
+//! and, after a grace period, SIGKILL, unless it is [`ExecRequest::detached`]. The workload ([`Role::Main`]) continues instead:
 //! its output is buffered in its pipes, up to their capacity, until a client sends
 //! [`ExecControl::AttachMain`].
 
@@ -139,6 +139,10 @@ pub struct ExecRequest {
     pub rows: u16,
     /// Connect standard input to STDIN frames; otherwise it is `/dev/null`.
     pub stdin: bool,
+    /// Continue when the client disconnects. The standard streams are `/dev/null`, and `tty`
+    /// and `stdin` have no effect.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub detached: bool,
     /// Role of the command in its container.
     pub role: Role,
     /// Files to write before the command starts.

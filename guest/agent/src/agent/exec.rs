@@ -125,7 +125,10 @@ impl Agent {
             ));
         }
         request.privileges.get_or_insert(workload.privileges());
-        let (child_ends, agent_ends) = if request.tty {
+        request.tty &= !request.detached;
+        let (child_ends, agent_ends) = if request.detached {
+            stdio::nothing(&self.null).map_err(|error| fail("open the null device", error))?
+        } else if request.tty {
             stdio::terminal(&workload.devpts(), request.cols, request.rows)
                 .map_err(|error| fail("open a terminal", error))?
         } else {

@@ -106,6 +106,8 @@ pub(crate) struct Session {
     phase: SessionPhase,
     container: ContainerId,
     role: Role,
+    /// The command continues without a client.
+    detached: bool,
     tty: bool,
     pid: Option<Pid>,
     status: Option<Status>,
@@ -130,6 +132,7 @@ impl Session {
             phase: SessionPhase::Hello,
             container: ContainerId::default(),
             role: Role::Exec,
+            detached: false,
             tty: false,
             pid: None,
             status: None,
@@ -169,6 +172,7 @@ impl Session {
         self.phase = SessionPhase::Starting;
         self.container.clone_from(&request.container);
         self.role = request.role;
+        self.detached = request.detached;
         self.tty = request.tty;
         self.pid = Some(pid);
         self.status = Some(Status::new(status));
@@ -237,7 +241,8 @@ impl Session {
 
     fn drop_client(&mut self, reactor: &Reactor, key: Key) {
         self.detach();
-        if self.role == Role::Main && self.phase != SessionPhase::Closing {
+        let continues = self.role == Role::Main || self.detached;
+        if continues && self.phase != SessionPhase::Closing {
             return;
         }
         if let Some(pid) = self.live_pid() {

@@ -57,6 +57,20 @@ pub(crate) fn pipes(stdin: bool, null: &Node) -> io::Result<(ChildEnds, AgentEnd
     Ok((child, agent))
 }
 
+/// Opens `null` for all streams. The session gets an output that is at its end.
+pub(crate) fn nothing(null: &Node) -> io::Result<(ChildEnds, AgentEnds)> {
+    let open = || null.open(OFlags::RDWR);
+    let child = ChildEnds::Pipes([open()?, open()?, open()?]);
+    let (stdout, _) = pipe_with(PipeFlags::CLOEXEC)?;
+    nonblocking(&stdout)?;
+    let agent = AgentEnds {
+        stdin: None,
+        stdout,
+        stderr: None,
+    };
+    Ok((child, agent))
+}
+
 /// Creates a pseudo-terminal of the devpts instance mounted at `devpts`. Only the agent
 /// mounts file systems there, and devpts lets no user create or remove files.
 pub(crate) fn terminal(devpts: &Path, cols: u16, rows: u16) -> io::Result<(ChildEnds, AgentEnds)> {

@@ -32,6 +32,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_chain_holds_no_descriptors_of_the_agent,
     ),
     ("a_client_disconnects", a_client_disconnects),
+    ("a_detached_command_continues", a_detached_command_continues),
     (
         "left_behind_children_do_not_hold_the_exit",
         left_behind_children_do_not_hold_the_exit,
@@ -304,6 +305,28 @@ fn a_client_disconnects() {
     connection.next_kind(FrameType::Stdout);
     drop(connection);
     assert_eq!({ watcher }.collect().text(), "ended\n");
+}
+
+fn a_detached_command_continues() {
+    let agent = Agent::attached();
+    let fifo = "rm -f /tmp/d; mkfifo /tmp/d";
+    assert_eq!(run(agent.path(), &shell(fifo)).status, Some(0));
+    // More output than a pipe holds, after its client has gone.
+    let script = "trap 'exit 1' HUP; read line < /tmp/d; seq 1 100000; \
+                  readlink /proc/self/fd/0 /proc/self/fd/1 /proc/self/fd/2 > /tmp/d";
+    let mut request = shell(script);
+    request.detached = true;
+    request.tty = true;
+    drop(start_running(agent.path(), &request));
+    let told = run(agent.path(), &shell("echo go > /tmp/d; cat /tmp/d"));
+    assert_eq!(told.text(), "/dev/null\n/tmp/d\n/dev/null\n");
+    // One that a client waits for ends with its status, and without output.
+    let mut request = shell("echo text; exit 3");
+    request.detached = true;
+    let output = run(agent.path(), &request);
+    assert_eq!((output.text(), output.status), (String::new(), Some(3)));
+    request.argv = vec!["/missing".into()];
+    assert_eq!(run(agent.path(), &request).status, Some(127));
 }
 
 fn left_behind_children_do_not_hold_the_exit() {
