@@ -294,6 +294,10 @@ impl VirtioDevice for Net {
         &QUEUE_SIZES
     }
 
+    fn has_doorbells(&self) -> bool {
+        self.backend.is_some()
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // mac, status, max_virtqueue_pairs, mtu (section 5.1.4).
         let mut config = [0; 12];

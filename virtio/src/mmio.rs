@@ -206,6 +206,12 @@ impl MmioTransport {
         lock(&self.device).kind()
     }
 
+    /// Returns true if the device has doorbells, see [`VirtioDevice::has_doorbells`].
+    #[must_use]
+    pub fn has_doorbells(&self) -> bool {
+        lock(&self.device).has_doorbells()
+    }
+
     /// Returns the queues' eventfds with their numbers: the driver's writes to
     /// [`QUEUE_NOTIFY`] signal them.
     pub fn doorbells(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {

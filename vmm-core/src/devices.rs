@@ -177,13 +177,14 @@ impl Devices {
                         source,
                     },
                 )?;
-            for (queue, fd) in transport.doorbells() {
+            // Without doorbells, the write arrives on the bus.
+            let doorbells = transport.doorbells().filter(|_| transport.has_doorbells());
+            for (queue, fd) in doorbells {
                 let doorbell = Doorbell {
                     address: window + QUEUE_NOTIFY,
                     width: Some(4),
                     value: Some(queue.into()),
                 };
-                // If the hypervisor has no doorbells, the write arrives on the bus.
                 vm.add_doorbell(doorbell, fd).map_err(connect)?;
             }
             bus.mmio(window, VIRTIO_WINDOW_SIZE, transport.clone())

@@ -314,6 +314,11 @@ impl VirtioDevice for Balloon {
         &QUEUE_SIZES
     }
 
+    fn has_doorbells(&self) -> bool {
+        // Linux waits for each request.
+        false
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
