@@ -43,9 +43,7 @@ fn of_option(command: &str, option: &str) -> Option<&'static str> {
              \"sm kill -s\""
         }
         ("update", _) if of_run(option) == Some(LIMITS) => LIMITS,
-        ("update", "-m" | "--memory" | "--cpus") => {
-            "memory and processors are those with which the VM was created"
-        }
+        ("update", "--cpus") => "a VM has as many processors as it was created with",
         ("ps", "-s" | "--size") => "\"sm system df\" shows the space that VMs take",
         ("inspect", "-s" | "--size" | "--type") => {
             "\"sm inspect\" shows VMs, \"sm image inspect\" images, \"sm system df\" sizes"
@@ -164,7 +162,7 @@ mod tests {
             ("sm exec --detach-keys x web true", "ctrl-p"),
             ("sm stop --signal INT web", "--stop-signal"),
             ("sm update --cpu-shares 5 web", "(--cpus)"),
-            ("sm update --memory 1g web", "was created"),
+            ("sm update --cpus 2 web", "was created"),
             ("sm pull --all-tags x", "one by one"),
             ("sm build .", "sm builds no images"),
             ("sm container ls", "leave the word out"),

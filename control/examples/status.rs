@@ -85,6 +85,7 @@ mod tests {
                 restarting: false,
                 restarts: 0,
                 health: None,
+                balloon: None,
             });
             let mut bytes = Vec::new();
             let answer = serde_json::to_vec(&answer).unwrap();

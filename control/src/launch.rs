@@ -256,6 +256,11 @@ pub enum ControlCall {
     Pause,
     /// Resume all vCPUs.
     Resume,
+    /// Limit the memory that the guest may use. Answered immediately; the guest follows.
+    LimitMemory {
+        /// The limit in bytes; absent for all of the VM's memory.
+        bytes: Option<u64>,
+    },
     /// Usage figures of the guest.
     Stats,
     /// Start or stop profiling of the vsock device. Stopping returns the measurements.
@@ -381,6 +386,21 @@ pub struct Status {
     /// Health of the workload, if it is checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health: Option<HealthReport>,
+    /// Memory that the guest has returned to the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonReport>,
+}
+
+/// Memory that a guest has returned to the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonReport {
+    /// The size in bytes that the balloon has to have.
+    pub target: u64,
+    /// Its size in bytes, according to the guest.
+    pub size: u64,
+    /// All memory in bytes that was returned since the VM's process was started, by the
+    /// balloon and by reports of free memory. The guest may use some of it again.
+    pub returned: u64,
 }
 
 /// The health of a workload.

@@ -57,6 +57,7 @@
 //!         restarting: false,
 //!         restarts: 0,
 //!         health: None,
+//!         balloon: None,
 //!     });
 //!     let mut bytes = Vec::new();
 //!     frame::encode(FrameType::Control, &serde_json::to_vec(&answer)?, &mut bytes)

@@ -174,6 +174,7 @@ fn living() -> VmConfig {
         ..HealthCheck::shell("test -e /ok")
     });
     config.expire = Some(Duration::from_secs(60));
+    config.memory_limit = Some(1 << 27);
     config
 }
 
@@ -187,6 +188,7 @@ fn living_form() -> Value {
         "timeout_ms": 30_000, "start_period_ms": 500, "retries": 3,
     });
     form["expire_ms"] = json!(60_000);
+    form["memory_limit"] = json!(1 << 27);
     form
 }
 

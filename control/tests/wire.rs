@@ -12,9 +12,9 @@ use sm_control::config::{LaunchConfig, RestartPolicy};
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
-    ControlAnswer, ControlCall, DiskSegment, HealthReport, HealthResult, HealthStatus, ImageSource,
-    LaunchRequest, LaunchRequestError, Paging, RestartProgress, SnapshotReport, Stage, StageTimes,
-    StartSource, Status, VmIdentityReport, VmmReport,
+    BalloonReport, ControlAnswer, ControlCall, DiskSegment, HealthReport, HealthResult,
+    HealthStatus, ImageSource, LaunchRequest, LaunchRequestError, Paging, RestartProgress,
+    SnapshotReport, Stage, StageTimes, StartSource, Status, VmIdentityReport, VmmReport,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -46,6 +46,7 @@ fn config() -> LaunchConfig {
             ..Workload::default()
         },
         memory: 1 << 28,
+        memory_limit: None,
         cpus: 2,
         kernel: PathBuf::from("/k"),
         auto_remove: true,
@@ -68,7 +69,7 @@ fn config_form() -> Value {
             "argv": ["/bin/true"], "env": [], "cwd": "/", "user": "", "tty": false,
             "stdin": false, "hostname": "web", "stop_signal": 15,
         },
-        "memory": 1 << 28, "cpus": 2, "kernel": "/k", "auto_remove": true,
+        "memory": 1 << 28, "memory_limit": null, "cpus": 2, "kernel": "/k", "auto_remove": true,
         "read_only": false, "stop_timeout_ms": 10_000,
         "publish": [{"host": {"tcp": "127.0.0.1:8080"}, "guest": 80}],
         "publish_wait_ms": 1000, "labels": {"a": "b"}, "restart": "always",
@@ -260,6 +261,10 @@ fn calls() {
         (ControlCall::Destroy, json!("destroy")),
         (ControlCall::Pause, json!("pause")),
         (ControlCall::Resume, json!("resume")),
+        (
+            ControlCall::LimitMemory { bytes: Some(7) },
+            json!({"limit_memory": {"bytes": 7}}),
+        ),
         (ControlCall::Stats, json!("stats")),
         (
             ControlCall::Profile { on: true },
@@ -311,6 +316,11 @@ fn answers() {
                 output: "o".into(),
             }],
         }),
+        balloon: Some(BalloonReport {
+            target: 5,
+            size: 6,
+            returned: 8,
+        }),
     };
     is(
         &ControlAnswer::Status(status),
@@ -328,6 +338,7 @@ fn answers() {
             "health": {"status": "unhealthy", "failing_streak": 3, "log": [
                 {"start_ns": 1, "end_ns": 2, "exit_code": 7, "output": "o"},
             ]},
+            "balloon": {"target": 5, "size": 6, "returned": 8},
         }}),
     );
     is(&Stage::Starting, &json!("starting"));

@@ -86,7 +86,7 @@ pub use sm_control as control;
 pub use sm_control::config::{HealthCheck, HostChown, HostOptionError, HostOwner, RestartPolicy};
 pub use sm_control::exit::FailureCause;
 pub use sm_control::launch::{
-    HealthReport, HealthResult, HealthStatus, Paging, SnapshotReport, StageTimes,
+    BalloonReport, HealthReport, HealthResult, HealthStatus, Paging, SnapshotReport, StageTimes,
 };
 pub use sm_control::publish::{self, Publication};
 pub use sm_control::{signal, timings};

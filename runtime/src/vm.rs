@@ -313,13 +313,29 @@ impl Vm {
         })
     }
 
-    /// Changes parts of its configuration, which apply from its next stop or end on, also
-    /// while it runs.
+    /// Changes parts of its configuration, also while it runs: its memory at once, the others
+    /// from its next stop or end on.
     ///
     /// # Errors
-    /// It cannot have the restart policy, or was removed.
+    /// It cannot have the restart policy or the memory, or was removed, or does not answer.
     pub fn update(&mut self, update: &VmUpdate) -> Result<(), Error> {
-        self.change(|config| update.apply(config))
+        self.change(|config| update.apply(config))?;
+        let is_idle = || {
+            matches!(
+                self.record.state(),
+                Ok(VmState::Exited(_) | VmState::Created)
+            )
+        };
+        if !update.changes_memory() || is_idle() {
+            return Ok(());
+        }
+        let bytes = self.record.config().memory_limit;
+        match self.call(&ControlCall::LimitMemory { bytes }) {
+            Ok(_) => Ok(()),
+            // It has ended, and finds the limit when it is started again.
+            Err(_) if is_idle() => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn change(

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::event::{EventfdFlags, eventfd};
-use sm_control::launch::{SnapshotReport, StageTimes};
+use sm_control::launch::{BalloonReport, SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
 use sm_snapshot::Error;
 use sm_snapshot::capture::RemovalGuard;
@@ -50,6 +50,14 @@ pub(crate) trait GuestMachine {
     }
     /// Called when the workload runs.
     fn workload_started(&mut self) {}
+    /// Asks the guest to use at most `bytes` bytes of its memory, or all of it.
+    fn limit_memory(&mut self, bytes: Option<u64>) {
+        let _ = bytes;
+    }
+    /// Returns the memory that the guest has returned to the host.
+    fn balloon(&self) -> Option<BalloonReport> {
+        None
+    }
     /// Returns the name of the automatic snapshot from which it was restored, if any.
     fn cached_source(&self) -> Option<String> {
         None

@@ -70,6 +70,7 @@ pub(crate) struct RunningMachine {
     /// The root disk, and the image to insert after the base snapshot was captured.
     root: Arc<Mutex<Block>>,
     image: Option<Disk>,
+    balloon: Arc<Mutex<Balloon>>,
     /// The disk for changes to the root, then those of volumes.
     disks: Vec<WritableDisk>,
     /// The layer of the snapshot that was restored, if any.
@@ -339,6 +340,7 @@ fn begin(
         muxer,
         root,
         image,
+        balloon,
         disks,
         restored,
         start_timeout: Duration::from_millis(request.start_timeout_ms),

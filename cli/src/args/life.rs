@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use sm_runtime::RestartPolicy;
 
-use crate::units::parse_duration;
+use crate::units::{parse_duration, parse_size};
 
 /// Options of new VMs.
 #[derive(Debug, Args)]
@@ -88,6 +88,10 @@ pub(crate) struct UpdateArgs {
     /// Seconds between the stop signal and SIGKILL
     #[arg(long, value_name = "SECONDS")]
     pub(crate) stop_timeout: Option<u64>,
+    /// Guest memory that the VM may use, such as 256m: at least 64m, and at most what it was
+    /// created with. The guest returns the rest to the host
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
     /// Add a label, or change its value
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub(crate) label: Vec<String>,

@@ -93,6 +93,9 @@ pub(crate) fn update(sm: &Sm, args: &UpdateArgs, printer: &Printer) -> Result<u3
     if let Some(seconds) = args.stop_timeout {
         update = update.stop_timeout(Duration::from_secs(seconds));
     }
+    if let Some(bytes) = args.memory {
+        update = update.memory(bytes);
+    }
     for label in &args.label {
         let (name, value) = parse_label(label)?;
         update = update.label(name, value);

@@ -38,6 +38,8 @@ struct Row<'a> {
     command: &'a [String],
     created_ns: u64,
     memory: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_limit: Option<u64>,
     cpus: u32,
     labels: &'a BTreeMap<String, String>,
     #[serde(flatten)]
@@ -131,6 +133,7 @@ impl Serialize for ListedVm<'_> {
                 command: &vm.config.workload.argv,
                 created_ns: since_epoch_ns(vm.config.created),
                 memory: vm.config.memory_bytes,
+                memory_limit: vm.config.memory_limit,
                 cpus: vm.config.cpus,
                 labels: &vm.config.labels,
                 state: &vm.state,
@@ -142,6 +145,7 @@ impl Serialize for ListedVm<'_> {
                 command: &[],
                 created_ns: 0,
                 memory: 0,
+                memory_limit: None,
                 cpus: 0,
                 labels: &none,
                 state,

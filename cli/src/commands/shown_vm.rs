@@ -1,7 +1,7 @@
 //! VMs with the names that Docker's templates and JSON have for containers.
 
 use serde_json::{Map, Value, json};
-use sm_runtime::{ExitRecord, Inspection, MountKindView, MountView, VmStatus};
+use sm_runtime::{ExitRecord, Inspection, MountKindView, MountView, VmConfig, VmStatus};
 
 use crate::failure::Failure;
 use crate::listing::joined;
@@ -25,7 +25,7 @@ pub(super) fn row(vm: &Inspection, cells: [String; 7]) -> Value {
         "Mounts": mounts.join(","),
         "LocalVolumes": vm.storage.mounts.iter().filter(|m| m.kind == MountKindView::Volume).count(),
         "LabelMap": config.labels,
-        "Memory": config.memory_bytes, "CPUs": config.cpus,
+        "Memory": memory(config), "CPUs": config.cpus,
         "RestartPolicy": config.restart,
         "RestartCount": vm.state.restarts,
     })
@@ -52,7 +52,7 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
             "Labels": config.labels,
         },
         "HostConfig": {
-            "AutoRemove": config.auto_remove, "Memory": config.memory_bytes,
+            "AutoRemove": config.auto_remove, "Memory": memory(config),
             "NanoCpus": u64::from(config.cpus).saturating_mul(1_000_000_000),
             "ReadonlyRootfs": config.read_only,
             "RestartPolicy": {"Name": policy_name(&config.restart.to_string()),
@@ -63,6 +63,11 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
         shown.extend(dockers);
     }
     Ok(shown)
+}
+
+/// Returns the memory that a VM may use.
+fn memory(config: &VmConfig) -> u64 {
+    config.memory_limit.unwrap_or(config.memory_bytes)
 }
 
 fn state(vm: &Inspection) -> Value {

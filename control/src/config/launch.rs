@@ -31,6 +31,8 @@ pub struct LaunchConfig {
     pub workload: Workload,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The part of it that the guest may use, in bytes.
+    pub memory_limit: Option<u64>,
     /// Number of vCPUs.
     pub cpus: u32,
     /// Path of the kernel image that was booted.
@@ -66,6 +68,7 @@ impl From<VmConfig> for LaunchConfig {
             created,
             workload,
             memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -86,6 +89,7 @@ impl From<VmConfig> for LaunchConfig {
             created_ns: to_ns(created),
             workload,
             memory: memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -111,6 +115,7 @@ impl From<LaunchConfig> for VmConfig {
             created_ns,
             workload,
             memory,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -131,6 +136,7 @@ impl From<LaunchConfig> for VmConfig {
             created: from_ns(created_ns),
             workload,
             memory_bytes: memory,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,

@@ -62,6 +62,8 @@ pub struct VmConfig {
     pub workload: Workload,
     /// Guest memory in bytes.
     pub memory_bytes: u64,
+    /// The part of it that the guest may use, in bytes; the rest is in the balloon.
+    pub memory_limit: Option<u64>,
     /// Number of vCPUs.
     pub cpus: u32,
     /// Path of the kernel image that was booted.
@@ -99,6 +101,7 @@ impl VmConfig {
             created: SystemTime::now(),
             workload: Workload::default(),
             memory_bytes: 512 << 20,
+            memory_limit: None,
             cpus: 1,
             kernel: PathBuf::new(),
             auto_remove: false,

@@ -40,6 +40,9 @@ pub struct StoredConfigV1 {
     pub workload: WorkloadV1,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The part of it that the guest may use, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<u64>,
     /// Number of vCPUs.
     pub cpus: u32,
     /// Path of the kernel image that was booted.
@@ -167,6 +170,7 @@ impl From<VmConfig> for StoredConfigV1 {
             created,
             workload,
             memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -187,6 +191,7 @@ impl From<VmConfig> for StoredConfigV1 {
             created_ns: to_ns(created),
             workload: workload.into(),
             memory: memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -212,6 +217,7 @@ impl From<StoredConfigV1> for VmConfig {
             created_ns,
             workload,
             memory,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -232,6 +238,7 @@ impl From<StoredConfigV1> for VmConfig {
             created: from_ns(created_ns),
             workload: workload.into(),
             memory_bytes: memory,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,

@@ -26,6 +26,8 @@ pub struct ConfigView {
     pub workload: WorkloadV1,
     /// Guest memory in bytes.
     pub memory: u64,
+    /// The part of it that the guest may use, in bytes.
+    pub memory_limit: Option<u64>,
     /// Number of vCPUs.
     pub cpus: u32,
     /// Path of the kernel image that was booted.
@@ -61,6 +63,7 @@ impl From<VmConfig> for ConfigView {
             created,
             workload,
             memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,
@@ -81,6 +84,7 @@ impl From<VmConfig> for ConfigView {
             created_ns: to_ns(created),
             workload: workload.into(),
             memory: memory_bytes,
+            memory_limit,
             cpus,
             kernel,
             auto_remove,

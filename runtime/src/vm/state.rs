@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use serde::{Serialize, Serializer};
 use sm_control::config::ConfigView;
-use sm_control::launch::HealthReport;
+use sm_control::launch::{BalloonReport, HealthReport};
 use sm_control::publish::PublishedPort;
 
 use super::StorageView;
@@ -63,6 +63,9 @@ pub struct StateView {
     /// Health of the workload, while it runs and is checked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<HealthReport>,
+    /// Memory that the guest has returned to the host, while the VM runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonReport>,
     /// Number of restarts by the restart policy since a caller started the VM.
     #[serde(rename = "restart_count")]
     pub restarts: u32,
@@ -147,6 +150,7 @@ mod tests {
             exit: None,
             last_exit: None,
             health: None,
+            balloon: None,
             restarts: 0,
         };
         let json = serde_json::json!({

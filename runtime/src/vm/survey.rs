@@ -40,6 +40,7 @@ impl StateView {
             exit: None,
             last_exit: None,
             health: None,
+            balloon: None,
             restarts: 0,
         }
     }
@@ -73,6 +74,7 @@ impl StateView {
             last_exit: last.ok().flatten(),
             restarts: status.restarts,
             health: status.health,
+            balloon: status.balloon,
             pid: Some(status.vmm_pid),
             started: system_time(status.started_ns),
             epoch: Some(status.epoch).filter(|epoch| !epoch.is_empty()),

@@ -1,7 +1,6 @@
 //! VMs, their logs and listings with real supervisors of fake machines; the tests play
 //! the agents.
 
-mod events;
 mod exec;
 mod files;
 mod killed;

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 
 use sm_control::id::random;
-use sm_control::launch::{SnapshotReport, StageTimes};
+use sm_control::launch::{BalloonReport, SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
 use sm_control::with_causes;
 use sm_devices_vsock::ConnectOptions;
@@ -133,6 +133,24 @@ impl GuestMachine for RunningMachine {
         }
     }
 
+    fn limit_memory(&mut self, bytes: Option<u64>) {
+        // That of the next snapshot.
+        self.config.memory_limit = bytes;
+        let all = self.config.memory;
+        let balloon = bytes.map_or(0, |bytes| all.saturating_sub(bytes));
+        lock(&self.balloon).set_target(balloon);
+    }
+
+    fn balloon(&self) -> Option<BalloonReport> {
+        let sizes = lock(&self.balloon).sizes();
+        Some(BalloonReport {
+            target: sizes.target,
+            // The guest may say anything.
+            size: sizes.actual.min(self.config.memory),
+            returned: sizes.returned,
+        })
+    }
+
     fn cached_source(&self) -> Option<String> {
         let source = self.source.as_ref().filter(|source| source.automatic)?;
         source.name()
@@ -235,9 +253,12 @@ impl GuestMachine for RunningMachine {
         for disk in &self.disks {
             disk.reset()?;
         }
+        let balloon = lock(&self.balloon).sizes().target;
         self.machine
             .reset_to(&state, Some(&written))
             .map_err(failed("reset the machine"))?;
+        // The state of the snapshot has the size of that time.
+        lock(&self.balloon).set_target(balloon);
         self.machine
             .set_generation_id(random::<16>())
             .map_err(failed("give the machine an identity"))?;

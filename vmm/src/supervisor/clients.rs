@@ -298,6 +298,10 @@ impl<G: GuestMachine> Supervisor<G> {
             }
             ControlCall::Pause => self.pause(true),
             ControlCall::Resume => self.pause(false),
+            ControlCall::LimitMemory { bytes } => {
+                self.limit_memory(bytes);
+                ControlAnswer::Done
+            }
             ControlCall::Stats => return self.stats(id),
             ControlCall::Profile { on } => ControlAnswer::Profile(
                 self.guest
@@ -370,6 +374,7 @@ impl<G: GuestMachine> Supervisor<G> {
             restarting: self.stage.is_restarting(),
             restarts: self.request.restarts.count,
             health: self.health_report(),
+            balloon: self.guest.as_ref().and_then(GuestMachine::balloon),
         }
     }
 
@@ -434,6 +439,16 @@ impl<G: GuestMachine> Supervisor<G> {
                 ControlAnswer::Done
             }
             Err(text) => ControlAnswer::Error(text),
+        }
+    }
+
+    /// Limits the memory of the guest, at once or when its workload starts.
+    fn limit_memory(&mut self, bytes: Option<u64>) {
+        self.request.config.memory_limit = bytes;
+        if let SupervisorStage::Running(_) | SupervisorStage::Resetting(_) = &self.stage
+            && let Some(guest) = &mut self.guest
+        {
+            guest.limit_memory(bytes);
         }
     }
 

@@ -508,6 +508,7 @@ impl<G: GuestMachine> Supervisor<G> {
         }
         if let Some(guest) = &mut self.guest {
             guest.workload_started();
+            guest.limit_memory(self.request.config.memory_limit);
         }
         match before {
             SupervisorStage::Resetting(Resetting { client, .. }) => {

@@ -228,6 +228,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         space: Mutex::new(true),
         full: Mutex::new(false),
         merges: Mutex::new(0),
+        limits: Mutex::new(Vec::new()),
         console: Mutex::new(String::new()),
         snapshot: Mutex::new(None),
         captured: Mutex::new(None),

@@ -8,6 +8,7 @@ mod health;
 mod held;
 mod hostile;
 mod input_output;
+mod memory;
 mod merges;
 mod record;
 mod restarts;

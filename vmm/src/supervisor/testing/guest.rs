@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
-use sm_control::launch::SnapshotReport;
+use sm_control::launch::{BalloonReport, SnapshotReport};
 use sm_snapshot::manifest::Layer;
 
 use crate::guest::{
@@ -33,6 +33,8 @@ pub(crate) struct FakeState {
     pub(crate) space: Mutex<bool>,
     /// True if a disk has many layers.
     pub(crate) full: Mutex<bool>,
+    /// Each limit of its memory.
+    pub(crate) limits: Mutex<Vec<Option<u64>>>,
     /// Number of merges.
     pub(crate) merges: Mutex<u32>,
     pub(crate) console: Mutex<String>,
@@ -133,6 +135,16 @@ impl GuestMachine for FakeGuest {
     }
     fn reset(&mut self) -> Result<(), String> {
         Ok(())
+    }
+    fn limit_memory(&mut self, bytes: Option<u64>) {
+        self.state.limits.lock().unwrap().push(bytes);
+    }
+    fn balloon(&self) -> Option<BalloonReport> {
+        let limits = self.state.limits.lock().unwrap();
+        Some(BalloonReport {
+            target: limits.last().copied().flatten().unwrap_or(0),
+            ..BalloonReport::default()
+        })
     }
     fn console_tail(&self, _lines: usize) -> String {
         self.state.console.lock().unwrap().clone()
