@@ -1,6 +1,7 @@
 //! VMs, their logs and listings with real supervisors of fake machines; the tests play
 //! the agents.
 
+mod events;
 mod exec;
 mod files;
 mod killed;
