@@ -12,6 +12,9 @@
 //! that the index lacks; they are never read, and a write to a part of such a cluster
 //! writes the rest of it, too.
 //!
+//! A write to a cluster that no layer has also gives the top the holes after it (as many as
+//! fit in a group), so that the index changes once for many writes with flushes.
+//!
 //! Layers that an earlier process wrote may be in the page cache only, so the first flush of
 //! a disk is one of all its layers.
 //!
@@ -354,8 +357,28 @@ impl LayeredDisk {
         let _new = self.group_lock(clusters.start);
         self.fill_ends(bytes)?;
         write()?;
-        self.top.index.insert(clusters);
+        let end = self.end_of_zeros(clusters.end);
+        self.top.index.insert(clusters.start..end);
         Ok(())
+    }
+
+    /// Returns the end of the clusters from `at` on, in one group, that no layer has and that
+    /// are holes in the file of the top. They are zeros whether the top has them or not; if it
+    /// has, a flush of what is written to them next does not have to write the index.
+    fn end_of_zeros(&self, at: u64) -> u64 {
+        let end = at.next_multiple_of(GROUP).min(self.capacity() / CLUSTER);
+        let (layer, count) = self.find(at, end.saturating_sub(at));
+        if layer.is_some() || count == 0 {
+            return at;
+        }
+        let range = self.top.range(&bytes_of(&(at..at + count)));
+        let start = range.start;
+        match self.top.storage.next_data(range) {
+            Ok(None) => at + count,
+            // Written before a crash, and never flushed.
+            Ok(Some(data)) => at + (data.start - start) / CLUSTER,
+            Err(_) => at,
+        }
     }
 
     /// Copies the first and the last cluster of `bytes` into the top, as far as `bytes`

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate};
 use rustix::io::Errno;
@@ -25,6 +25,9 @@ pub(super) fn saturated(len: u64) -> u32 {
 pub(super) trait Storage: Debug + Send + Sync {
     /// The length in bytes.
     fn len(&self) -> io::Result<u64>;
+
+    /// The space that it occupies, in bytes.
+    fn allocated(&self) -> io::Result<u64>;
 
     /// Makes the file longer, without allocating anything.
     fn extend(&self, len: u64) -> io::Result<()>;
@@ -92,6 +95,10 @@ fn change(file: &File, how: FallocateFlags, range: &Range<u64>) -> io::Result<()
 impl Storage for File {
     fn len(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.blocks().saturating_mul(512))
     }
 
     fn extend(&self, len: u64) -> io::Result<()> {

@@ -48,15 +48,18 @@ enum DiskAccess {
     Flushed,
     /// The same to clusters that the file does not have yet.
     FirstFlushed,
+    /// The same in order, as to a log.
+    AppendFlushed,
 }
 
 impl DiskAccess {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Read,
         Self::Write,
         Self::FirstWrite,
         Self::Flushed,
         Self::FirstFlushed,
+        Self::AppendFlushed,
     ];
 
     fn name(self) -> &'static str {
@@ -66,6 +69,7 @@ impl DiskAccess {
             Self::FirstWrite => "first write",
             Self::Flushed => "write, flush",
             Self::FirstFlushed => "first write, flush",
+            Self::AppendFlushed => "append, flush",
         }
     }
 
@@ -73,7 +77,7 @@ impl DiskAccess {
     fn sizes(self) -> &'static [u32] {
         match self {
             Self::Read | Self::Write | Self::FirstWrite => &[4 << 10, 1 << 20],
-            Self::Flushed | Self::FirstFlushed => &[4 << 10],
+            Self::Flushed | Self::FirstFlushed | Self::AppendFlushed => &[4 << 10],
         }
     }
 
@@ -82,18 +86,22 @@ impl DiskAccess {
         match self {
             Self::Read | Self::Write => CAPACITY,
             Self::FirstWrite => CAPACITY / 4,
-            Self::Flushed | Self::FirstFlushed => 16 * 4096,
+            Self::Flushed | Self::FirstFlushed | Self::AppendFlushed => 16 * 4096,
         }
     }
 
     fn is_first(self) -> bool {
-        matches!(self, Self::FirstWrite | Self::FirstFlushed)
+        matches!(
+            self,
+            Self::FirstWrite | Self::FirstFlushed | Self::AppendFlushed
+        )
     }
 
     /// The rate of a raw file that a disk should reach.
     fn goal(self, layout: Layout) -> Option<f64> {
         match (self, layout) {
-            (_, Layout::Raw | Layout::Scattered) | (Self::Flushed | Self::FirstFlushed, _) => None,
+            (_, Layout::Raw | Layout::Scattered)
+            | (Self::Flushed | Self::FirstFlushed | Self::AppendFlushed, _) => None,
             (_, Layout::Deep) => Some(0.85),
             (Self::Read, Layout::Fresh) => Some(0.95),
             (Self::Write | Self::FirstWrite, Layout::Fresh) => Some(0.9),
@@ -231,7 +239,8 @@ fn compare(
 /// Where the requests of a round are.
 fn offsets(access: DiskAccess, bytes: u32, scatter: &mut Scatter) -> impl Iterator<Item = u64> {
     let bytes = u64::from(bytes);
-    (0..access.amount() / bytes).map(move |number| match bytes < 1 << 20 {
+    let is_anywhere = bytes < 1 << 20 && access != DiskAccess::AppendFlushed;
+    (0..access.amount() / bytes).map(move |number| match is_anywhere {
         true => scatter.below(CAPACITY / bytes) * bytes,
         false => number * bytes,
     })
@@ -251,7 +260,7 @@ fn requests(
         match access {
             DiskAccess::Read => bench.read(disk, *offset, bytes)?,
             DiskAccess::Write | DiskAccess::FirstWrite => bench.write(disk, *offset, bytes)?,
-            DiskAccess::Flushed | DiskAccess::FirstFlushed => {
+            DiskAccess::Flushed | DiskAccess::FirstFlushed | DiskAccess::AppendFlushed => {
                 bench.write(disk, *offset, bytes)?;
                 disk.flush()?;
             }
@@ -259,7 +268,9 @@ fn requests(
     }
     let amount = offsets.len() as f64 * f64::from(bytes);
     let took = match access {
-        DiskAccess::Flushed | DiskAccess::FirstFlushed => begun.elapsed(),
+        DiskAccess::Flushed | DiskAccess::FirstFlushed | DiskAccess::AppendFlushed => {
+            begun.elapsed()
+        }
         DiskAccess::Read | DiskAccess::Write | DiskAccess::FirstWrite => cpu_time() - cpu,
     };
     Ok(amount / took.as_secs_f64())

@@ -37,8 +37,12 @@ impl LayeredDisk {
     #[must_use]
     pub fn bytes_of_layers(&self, layers: Range<usize>) -> u64 {
         let layers = self.slice(&layers).unwrap_or_default();
-        let clusters: u64 = layers.iter().map(|layer| layer.index.count()).sum();
-        clusters * CLUSTER
+        let bytes = layers.iter().map(|layer| {
+            let clusters = layer.index.count() * CLUSTER;
+            // Holes are not copied.
+            clusters.min(layer.storage.allocated().unwrap_or(clusters))
+        });
+        bytes.sum()
     }
 
     /// The layers of these numbers, of which `0` is the lowest one, from the topmost one down.

@@ -85,6 +85,10 @@ impl Storage for Recorded {
         Ok(self.file.lock().unwrap().len() as u64)
     }
 
+    fn allocated(&self) -> io::Result<u64> {
+        self.len()
+    }
+
     fn extend(&self, len: u64) -> io::Result<()> {
         self.file.lock().unwrap().resize(len as usize, 0);
         Ok(())
@@ -130,7 +134,20 @@ impl Storage for Recorded {
         self.note(Operation::Sync)
     }
 
+    /// By pages, as file systems do.
     fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-        Ok(Some(range))
+        let file = self.file.lock().unwrap();
+        let mut at = range.start;
+        while at < range.end {
+            let end = (at / CLUSTER * CLUSTER + CLUSTER).min(range.end);
+            if file[at as usize..end as usize]
+                .iter()
+                .any(|byte| *byte != 0)
+            {
+                return Ok(Some(at..range.end));
+            }
+            at = end;
+        }
+        Ok(None)
     }
 }
