@@ -27,6 +27,9 @@ pub(crate) struct InstallUnitArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SystemPruneArgs {
+    /// Remove all images that no VM and no snapshot uses, too
+    #[arg(short, long)]
+    pub(crate) all: bool,
     /// Remove anonymous volumes that no VM needs, too
     #[arg(long)]
     pub(crate) volumes: bool,

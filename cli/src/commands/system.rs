@@ -179,14 +179,16 @@ fn usage(sm: &Sm, format: &FormatArgs, printer: &Printer) -> Result<u32, Failure
 
 fn prune(sm: &Sm, args: &SystemPruneArgs, printer: &Printer) -> Result<u32, Failure> {
     if !args.force {
-        let question = match args.volumes {
-            true => {
-                "Remove all VMs that do not run, anonymous volumes that no VM needs, and data of \
-                 images that no image needs?"
-            }
-            false => "Remove all VMs that do not run, and data of images that no image needs?",
+        let volumes = match args.volumes {
+            true => ", anonymous volumes that no VM needs",
+            false => "",
         };
-        match printer.confirm(question) {
+        let images = match args.all {
+            true => "all images that no VM and no snapshot uses",
+            false => "data of images that no image needs",
+        };
+        let question = format!("Remove all VMs that do not run{volumes}, and {images}?");
+        match printer.confirm(&question) {
             Some(true) => {}
             Some(false) => return Ok(FAILED),
             None => {
@@ -205,7 +207,7 @@ fn prune(sm: &Sm, args: &SystemPruneArgs, printer: &Printer) -> Result<u32, Fail
         }
         freed = freed.saturating_add(pruned.bytes);
     }
-    let pruned = sm.images().prune(PruneOptions::new())?;
+    let pruned = sm.images().prune(PruneOptions::new().all(args.all))?;
     freed = freed.saturating_add(pruned.bytes);
     printer.line(format_args!("Freed {}", format_size(freed)));
     Ok(0)

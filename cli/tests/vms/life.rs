@@ -264,6 +264,8 @@ fn the_system_is_shown_and_pruned() {
     let pruned = out(&user, &["system", "prune", "-f"]);
     assert!(pruned.starts_with("new\njob\nFreed "), "{pruned}");
     assert!(!job.directory.exists() && !new.directory.exists() && running.directory.exists());
+    let again = out(&user, &["system", "prune", "-a", "-f", "--volumes"]);
+    assert!(again.starts_with("Freed "), "{again}");
     let unit = out(&user, &["system", "install-unit", "--print"]);
     assert!(
         unit.contains("system resume") && unit.contains("[Install]"),
