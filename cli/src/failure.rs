@@ -45,6 +45,7 @@ impl Failure {
                 Some(Error::Option(OptionError::Fixed(_))) => {
                     return Some("leave it out".to_owned());
                 }
+                Some(Error::Option(option)) => return hint_of_option(option),
                 Some(Error::Refused(refusal)) => return hint_of_refusal(refusal),
                 Some(Error::Start(StartError::Failed { cause, .. })) => {
                     return cause.and_then(hint_of_cause);
@@ -85,6 +86,19 @@ impl fmt::Display for Failure {
             Some(hint) => write!(f, "\n  hint: {hint}"),
             None => Ok(()),
         }
+    }
+}
+
+fn hint_of_option(option: &OptionError) -> Option<String> {
+    match option {
+        OptionError::MountMissing { target, path } => Some(format!(
+            "mount it, or something else, with \"-v {}:{target}\"",
+            path.display()
+        )),
+        OptionError::ManyWriters { .. } => {
+            Some("let them with --share-binds, or mount it with :ro".to_owned())
+        }
+        _ => None,
     }
 }
 

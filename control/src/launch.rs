@@ -353,6 +353,9 @@ pub struct SnapshotReport {
     pub frozen_us: u64,
     /// Time for which the vCPUs were paused, in microseconds.
     pub paused_us: u64,
+    /// What clones cannot have; sentences.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// Status of a running VM.

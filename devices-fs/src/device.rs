@@ -103,6 +103,17 @@ impl Fs {
         }
     }
 
+    /// Returns the number of files that the guest has open and that have no name any more: they
+    /// cannot be opened again when saved state is restored. None while it serves requests.
+    #[must_use]
+    pub fn unnamed_files(&self) -> Option<usize> {
+        match &self.state {
+            State::Inactive(server) => Some(server.unnamed_files()),
+            State::Idle(service) => Some(service.server.unnamed_files()),
+            State::Running(_) | State::Lost => None,
+        }
+    }
+
     /// Ends the thread.
     fn park(&mut self, abandon: bool) {
         self.state = match mem::replace(&mut self.state, State::Lost) {

@@ -26,5 +26,6 @@ mod worker;
 
 pub use device::{Fs, STATE_VERSION, SetSharesError, TAG};
 pub use sm_fs_server::{
-    CacheMode, ChownPolicy, FsConfig, FsCounts, Share, ShareError, ShareOptions, ShareOwner,
+    CacheMode, ChownPolicy, FsConfig, FsCounts, HostChange, Share, ShareError, ShareOptions,
+    ShareOwner, TOUCH, Watches,
 };

@@ -2,11 +2,13 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::FileType;
 use thiserror::Error;
 
 use crate::names::Name;
+use crate::watches::Watches;
 
 /// Owners that a guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +75,9 @@ pub struct ShareOptions {
     /// File systems that are mounted below the share are part of it. Otherwise their roots
     /// are entries that cannot be used (`EXDEV`).
     pub submounts: bool,
+    /// The guest is to be notified of changes by the host ([`FsConfig::watches`]), in up to
+    /// [`MAX_WATCHES`](crate::MAX_WATCHES) directories that it knows.
+    pub watch: bool,
 }
 
 impl Default for ShareOptions {
@@ -84,6 +89,7 @@ impl Default for ShareOptions {
             chown: ChownPolicy::Override,
             cache: CacheMode::Auto,
             submounts: false,
+            watch: false,
         }
     }
 }
@@ -114,6 +120,13 @@ impl ShareOptions {
     #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// Sets [`Self::watch`].
+    #[must_use]
+    pub fn watch(mut self, watch: bool) -> Self {
+        self.watch = watch;
         self
     }
 
@@ -248,6 +261,8 @@ pub struct FsConfig {
     /// Maximum number of descriptors of directories that are kept for later use, at least
     /// 16. 1,024 unless set.
     pub max_directories: u32,
+    /// Watches for shares with [`ShareOptions::watch`]. It needs a `/proc`.
+    pub watches: Option<Arc<Watches>>,
 }
 
 impl Default for FsConfig {
@@ -258,6 +273,7 @@ impl Default for FsConfig {
             max_nodes: 1 << 18,
             max_handles: 1 << 12,
             max_directories: 1 << 10,
+            watches: None,
         }
     }
 }
@@ -288,6 +304,13 @@ impl FsConfig {
     #[must_use]
     pub fn max_directories(mut self, max_directories: u32) -> Self {
         self.max_directories = max_directories;
+        self
+    }
+
+    /// Sets [`Self::watches`].
+    #[must_use]
+    pub fn watches(mut self, watches: Arc<Watches>) -> Self {
+        self.watches = Some(watches);
         self
     }
 

@@ -71,6 +71,12 @@ impl Inode {
         }
     }
 
+    /// Returns the time of the last change of the inode in nanoseconds since 1970.
+    pub(crate) fn changed(&self) -> i128 {
+        let time = &self.stat.stx_ctime;
+        i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec)
+    }
+
     /// Returns type and permissions.
     pub(crate) fn mode(&self) -> u32 {
         self.stat.stx_mode.into()

@@ -51,6 +51,7 @@ mod server;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod umask;
+mod watches;
 
 pub use buffers::{Buffers, SliceBuffers, WritePosition};
 pub use config::{
@@ -60,6 +61,7 @@ pub use job::Job;
 pub use saved::{FsStateError, FsStateV1, HandleStateV1, NodeStateV1, ShareStateV1};
 pub use server::{FsCounts, Served, Server};
 pub use umask::own_umask;
+pub use watches::{HostChange, MAX_WATCHES, TOUCH, Watches};
 
 /// Length of the longest request with a reply that a driver may send, in bytes: a WRITE of 1
 /// MiB with its header.

@@ -138,6 +138,15 @@ impl Nodes {
         }
     }
 
+    /// Returns the directories beside root and shares.
+    pub(crate) fn directories(&self) -> Vec<NodeIndex> {
+        let slots = (0..).zip(&self.slots).skip(self.pinned);
+        slots
+            .filter(|(_, node)| node.used && node.identity.kind == crate::abi::linux::S_IFDIR)
+            .map(|(index, _)| NodeIndex(index))
+            .collect()
+    }
+
     /// Returns the number of nodes beside root and shares.
     pub(crate) fn len(&self) -> usize {
         self.used
@@ -220,16 +229,22 @@ impl Nodes {
         Ok(index)
     }
 
-    /// Records the place of an inode, if the guest knows it.
-    pub(crate) fn moved(&mut self, parent: NodeIndex, name: &[u8], identity: Identity) {
-        if let Ok(node) = self.get(parent)
-            && let Some(index) = self.search(node.share, &identity)
-            && index != parent
-        {
-            self.refer(index);
-            self.place(index, parent, name);
-            self.forget(index, 1);
+    /// Records the place of an inode, if the guest knows it; returns its node.
+    pub(crate) fn moved(
+        &mut self,
+        parent: NodeIndex,
+        name: &[u8],
+        identity: Identity,
+    ) -> Option<NodeIndex> {
+        let share = self.get(parent).ok()?.share;
+        let index = self.search(share, &identity)?;
+        if index == parent {
+            return None;
         }
+        self.refer(index);
+        self.place(index, parent, name);
+        self.forget(index, 1);
+        Some(index)
     }
 
     /// Counts a reference of the guest.

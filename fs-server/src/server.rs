@@ -8,6 +8,7 @@ mod listing;
 mod ownership;
 mod session;
 mod state;
+mod watching;
 
 use std::ffi::CString;
 use std::os::fd::AsFd as _;
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
 use self::session::Session;
+use self::watching::Watching;
 use crate::abi::{self, ROOT_ID};
 use crate::buffers::Buffers;
 use crate::config::{ChownPolicy, FsConfig, ShareError, ShareOptions, ShareOwner, reopened};
@@ -102,6 +104,7 @@ pub struct Server {
     reply: Vec<u8>,
     /// Entries as getdents(2) returns them.
     listed: Vec<u8>,
+    watching: Option<Watching>,
 }
 
 impl Server {
@@ -144,6 +147,7 @@ impl Server {
             scratch: Vec::new(),
             reply: Vec::new(),
             listed: Vec::new(),
+            watching: config.watches.map(Watching::new),
         })
     }
 
@@ -196,7 +200,14 @@ impl Server {
         self.reply.clear();
         let unique = caller.unique;
         let space = buffers.reply_capacity().saturating_sub(abi::OUT_HEADER_LEN);
-        match self.perform(caller, operation, space) {
+        let change = self.own_change(&operation);
+        let performed = self.perform(caller, operation, space);
+        if let Some(change) = change
+            && performed.is_ok()
+        {
+            self.note_own(caller.node, &change);
+        }
+        match performed {
             Ok(Answer::Silence) => Served::NoReply,
             Ok(Answer::Empty) => Served::Reply(reply::empty(buffers, unique, Ok(()))),
             Ok(Answer::Reply) => Served::Reply(reply::bytes(buffers, unique, Ok(&self.reply))),
@@ -297,10 +308,14 @@ impl Server {
 
     /// Removes references of the guest to node number `id`.
     fn forget(&mut self, id: u64, count: u64) {
-        if let Ok(node) = self.nodes.find(id)
-            && self.nodes.forget(node, count)
-        {
+        let Ok(node) = self.nodes.find(id) else {
+            return;
+        };
+        let parent = self.nodes.get(node).ok().and_then(|node| node.parent);
+        let parent = parent.map(|parent| self.nodes.id(parent));
+        if self.nodes.forget(node, count) {
             self.directories.remove(id);
+            self.unwatch(id, parent);
         }
     }
 

@@ -48,7 +48,9 @@ fn a_session_goes_on_in_another_server() {
     first.write(file.node, handle, 0, b"text", false).unwrap();
     let (gone, gone_handle) = first.create(share, "gone", 0o644).unwrap();
     let (unnamed, unnamed_handle) = first.create(share, "unnamed", 0o644).unwrap();
+    assert_eq!(first.server.unnamed_files(), 0);
     first.unlink(share, "unnamed").unwrap();
+    assert_eq!(first.server.unnamed_files(), 1);
     let reading = first.open(file.node, false).unwrap();
     let state = first.server.save().unwrap();
     drop(first);

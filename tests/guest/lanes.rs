@@ -6,8 +6,8 @@
 //! line of output has the result and a checksum of memory. `timers SECONDS` arms timers
 //! and prints the time at which each fires. `echo PORT` echoes on all connections
 //! concurrently, with a longer backlog than busybox's `nc`. `knock CIDS PORTS` connects
-//! by vsock and prints the result of each attempt; `cid` prints this guest's CID. `true`
-//! exits.
+//! by vsock and prints the result of each attempt; `cid` prints this guest's CID. `watch
+//! DIRECTORY` prints the contents of files of which it is notified. `true` exits.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::arch::asm;
@@ -35,8 +35,48 @@ fn main() {
         [_, "echo", port] => echo(port.parse().expect("a port")),
         [_, "knock", cids, ports] => knock(cids, ports),
         [_, "cid"] => println!("{}", own_cid()),
+        [_, "watch", directory] => watch(directory),
         [_, "true"] => {}
-        _ => panic!("lanes ROUNDS | timers SECONDS | echo PORT | knock CIDS PORTS | cid | true"),
+        _ => panic!(
+            "lanes ROUNDS | timers SECONDS | echo PORT | knock CIDS PORTS | cid | \
+             watch DIRECTORY | true"
+        ),
+    }
+}
+
+unsafe extern "C" {
+    fn inotify_init1(flags: i32) -> i32;
+    fn inotify_add_watch(fd: i32, path: *const std::ffi::c_char, mask: u32) -> i32;
+}
+
+/// Watches a directory as Node.js does, and prints files of which it is notified, or the
+/// number of entries if a file is gone or it is notified of the directory.
+fn watch(directory: &str) {
+    // ATTRIB, MODIFY, CREATE, DELETE, DELETE_SELF, MOVE_SELF, MOVED_FROM, MOVED_TO.
+    let mask = 0x4 | 0x2 | 0x100 | 0x200 | 0x400 | 0x800 | 0x40 | 0x80;
+    let path = std::ffi::CString::new(directory).unwrap();
+    // SAFETY: the path is a string with a NUL, and the descriptor is a new one.
+    let mut events = unsafe {
+        let fd = inotify_init1(0);
+        assert!(inotify_add_watch(fd, path.as_ptr(), mask) > 0, "no watch");
+        File::from_raw_fd(fd)
+    };
+    println!("watching");
+    let mut bytes = [0; 4096];
+    loop {
+        let count = events.read(&mut bytes).expect("events");
+        let mut rest = &bytes[..count];
+        // struct inotify_event: watch, mask, cookie, length of the name, name.
+        while let [_, _, _, _, _, _, _, _, _, _, _, _, a, b, c, d, ..] = *rest {
+            let end = 16 + usize::try_from(u32::from_ne_bytes([a, b, c, d])).unwrap();
+            let name = String::from_utf8_lossy(&rest[16..end]);
+            let name = name.trim_end_matches('\0');
+            match std::fs::read_to_string(format!("{directory}/{name}")) {
+                Ok(text) => println!("{name}: {text}"),
+                Err(_) => println!("entries: {}", std::fs::read_dir(directory).unwrap().count()),
+            }
+            rest = &rest[end..];
+        }
     }
 }
 

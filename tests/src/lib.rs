@@ -226,9 +226,16 @@ impl Home {
     /// dropped.
     #[track_caller]
     pub fn clone_of(&self, snapshot: &str, prefix: &str) -> Vm<'_> {
+        self.clone_with(snapshot, prefix, &[])
+    }
+
+    /// Starts a detached VM from a snapshot, with options; it is removed when the value is
+    /// dropped.
+    #[track_caller]
+    pub fn clone_with(&self, snapshot: &str, prefix: &str, options: &[&str]) -> Vm<'_> {
         let name = unique(prefix);
-        self.sm(&["run", "-d", "--name", &name, "--from", snapshot])
-            .exits(0);
+        let run = ["run", "-d", "--name", &name, "--from", snapshot];
+        self.sm(&[&run[..], options].concat()).exits(0);
         Vm { home: self, name }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::Path;
 
-use sm_e2e::{Home, image, until};
+use sm_e2e::{Home, image, lanes, unique, until};
 
 fn run(home: &Home, mounts: &[&str], script: &str) -> sm_e2e::Done {
     let image = image("busybox");
@@ -79,17 +80,128 @@ fn the_guest_sees_changes_of_the_host() {
             vm.exec(&["cat", "/shared/f"]).out() == text
         });
     }
-    let refused = home
-        .sm(&["snapshot", "create", &vm.name, "shares"])
-        .exits(1)
-        .err();
+}
+
+/// Writes to a file that it holds open, and has a removed one open.
+const WRITES: &str = "exec 9>>/shared/log 8>/shared/removed; rm /shared/removed;
+    while true; do hostname >&9; sleep 1; done 2>/dev/null";
+
+/// Removes a snapshot when the test ends.
+struct Taken<'a>(&'a Home, String);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.sm(&["snapshot", "rm", &self.1]);
+    }
+}
+
+fn lines(log: &Path) -> usize {
+    fs::read_to_string(log).unwrap_or_default().lines().count()
+}
+
+#[test]
+fn clones_get_the_directories_that_they_are_given() {
+    let home = Home::shared();
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let log = folder.path().join("log");
+    for file in 0..500 {
+        fs::write(folder.path().join(format!("file-{file}")), "").unwrap();
+    }
+    fs::write(other.path().join("elsewhere"), "").unwrap();
+    let path = folder.path().display();
+    let shared = format!("{path}:/shared");
+    let below = format!("{path}:/ro:ro");
+    let conf = format!("{path}/file-0:/etc/conf");
+    let image = image("busybox");
+    let mut arguments = vec!["-m", "128m"];
+    arguments.extend(["-v", &shared, "-v", &below, "-v", &conf]);
+    arguments.extend([&image, "sh", "-c", WRITES]);
+    let vm = home.detached(&arguments);
+    until("it writes", || lines(&log) > 1);
+    vm.exec(&["find", "/shared", "-size", "+0"]).exits(0);
+    let snapshot = Taken(home, unique("shares"));
+    let name = &snapshot.1;
+    let taken = home.sm(&["snapshot", "create", &vm.name, name]).exits(0);
     assert!(
-        refused.contains("files of the host are mounted"),
+        taken.err().contains("file of the host that was removed"),
+        "{taken:?}"
+    );
+    // Inodes of which only names were cached are not in it.
+    let state = home
+        .data()
+        .join("sm/snapshots")
+        .join(name)
+        .join("state.bin");
+    let bytes = fs::read(state).unwrap();
+    assert!(!bytes.windows(8).any(|window| window == b"file-321"));
+    let inspected = home.sm(&["snapshot", "inspect", name]).exits(0).json();
+    assert_eq!(inspected["shares"][1]["target"], "/ro");
+
+    // Its paths are no rights.
+    let run = ["run", "-d", "--rm", "--from", name];
+    let refused = home.sm(&run).exits(125).err();
+    let hint = format!("-v {path}:/shared");
+    assert!(
+        refused.contains("\"/shared\"") && refused.contains(&hint),
         "{refused}"
     );
-    // It goes on.
-    vm.exec(&["touch", "/shared/after"]).exits(0);
-    assert!(folder.path().join("after").exists());
+    let more = ["-v", &shared, "-v", &below, "-v", &conf, "-v", "/tmp:/more"];
+    let refused = home.sm(&[&run[..], &more].concat()).exits(125).err();
+    assert!(refused.contains("\"/more\""), "{refused}");
+    let directory = format!("{path}:/etc/conf");
+    let wrong = ["-v", &shared, "-v", &below, "-v", &directory];
+    let refused = home.sm(&[&run[..], &wrong].concat()).exits(125).err();
+    assert!(refused.contains("a file named \"file-0\""), "{refused}");
+
+    // The same, in another order: open files stay open.
+    let given = ["-v", &conf, "-v", &below, "-v", &shared];
+    let clone = home.clone_with(name, "clone", &given);
+    let host = clone.exec(&["hostname"]).exits(0).out();
+    until("the clone writes", || {
+        fs::read_to_string(&log).unwrap().contains(host.trim())
+    });
+    let script =
+        "cat /etc/conf && ls /ro | wc -l && ! touch /ro/x 2>/dev/null && touch /shared/new";
+    let entries = folder.path().read_dir().unwrap().count();
+    let out = clone.exec(&["sh", "-c", script]).exits(0).out();
+    assert_eq!(out.trim(), entries.to_string());
+    assert!(folder.path().join("new").exists());
+    drop(clone);
+
+    // Another directory.
+    let elsewhere = format!("{}:/shared", other.path().display());
+    let given = ["-v", &elsewhere, "-v", &below, "-v", &conf];
+    let clone = home.clone_with(name, "clone", &given);
+    until("it sees that", || {
+        clone.exec(&["ls", "/shared"]).out() == "elsewhere\n"
+    });
+    clone.exec(&["touch", "/shared/here"]).exits(0);
+    assert!(other.path().join("here").exists());
+    drop(clone);
+
+    // Several clones that write are wanted only if that is said.
+    let fork = [
+        "fork",
+        &vm.name,
+        "-n",
+        "2",
+        "--rm",
+        "--name",
+        name,
+        "--share-binds",
+    ];
+    let refused = home.sm(&fork[..7]).exits(1).err();
+    assert!(refused.contains("--share-binds"), "{refused}");
+    home.sm(&fork).exits(0);
+    for number in 1..=2 {
+        let clone = format!("{name}-{number}");
+        home.sm(&["exec", &clone, "touch", &format!("/shared/{number}")])
+            .exits(0);
+        assert!(folder.path().join(number.to_string()).exists());
+        home.sm(&["rm", "-f", &clone]).exits(0);
+    }
+    let before = lines(&log);
+    until("the original goes on", || lines(&log) > before);
 }
 
 #[test]
@@ -106,4 +218,49 @@ fn unusable_sources_are_refused() {
         let error = run(home, &[&mount], "true").exits(125).err();
         assert!(error.contains(why), "{error}");
     }
+}
+
+#[test]
+fn a_watcher_sees_edits_of_the_host() {
+    let home = Home::shared();
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("src");
+    fs::create_dir(&source).unwrap();
+    let edit = |text: &str| {
+        // As editors do.
+        fs::write(source.join(".app.js"), text).unwrap();
+        fs::rename(source.join(".app.js"), source.join("app.js")).unwrap();
+    };
+    edit("first");
+    let mount = format!("{}:/code:ro,watch", folder.path().display());
+    let program = lanes();
+    let root = format!("rootfs:{}", program.path().display());
+    let run = [
+        "-m",
+        "128m",
+        "-v",
+        &mount,
+        &root,
+        "/lanes",
+        "watch",
+        "/code/src",
+    ];
+    let vm = home.detached(&run);
+    vm.until_it_says("watching");
+    fs::write(source.join("app.js"), "second").unwrap();
+    vm.until_it_says("app.js: second");
+    edit("third edit");
+    vm.until_it_says("app.js: third edit");
+    fs::write(source.join("new.js"), "more").unwrap();
+    vm.until_it_says("new.js: more");
+    fs::remove_file(source.join("new.js")).unwrap();
+    vm.until_it_says("entries: 1");
+    // A clone watches, too.
+    let snapshot = Taken(home, unique("watcher"));
+    home.sm(&["snapshot", "create", &vm.name, &snapshot.1])
+        .exits(0);
+    let clone = home.clone_with(&snapshot.1, "clone", &["-v", &mount]);
+    edit("fourth");
+    clone.until_it_says("app.js: fourth");
+    vm.until_it_says("app.js: fourth");
 }

@@ -31,6 +31,8 @@ pub(crate) enum Purpose {
     AttachRoot,
     /// Mount volumes and tmpfs.
     Mount,
+    /// Notify programs of changes by the host.
+    NoteHostChanges,
     /// Collect the guest's identity report.
     IdentityReport {
         /// Time of the request, in nanoseconds since the Unix epoch.

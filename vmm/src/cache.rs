@@ -164,6 +164,7 @@ impl Cache {
                 root,
                 config: None,
                 disks: Vec::new(),
+                shares: Vec::new(),
             },
         }
     }

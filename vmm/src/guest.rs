@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use rustix::event::{EventfdFlags, eventfd};
 use sm_control::launch::{BalloonReport, SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
+use sm_devices_fs::HostChange;
 use sm_snapshot::Error;
 use sm_snapshot::capture::RemovalGuard;
 use sm_snapshot::manifest::Layer;
@@ -76,10 +77,21 @@ pub(crate) trait GuestMachine {
     }
     /// Captures the machine with its frozen workload as the snapshot `name`. Returns at
     /// once, with the machine paused; [`SupervisorEvent::Captured`] follows and, after
-    /// [`Self::captured`], [`SupervisorEvent::Snapshot`].
-    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+    /// [`Self::captured`], [`SupervisorEvent::Snapshot`]. The text is a warning about what
+    /// clones cannot have; a sentence.
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<Option<String>, String> {
         let _ = plan;
         Err("this machine cannot be captured".to_owned())
+    }
+    /// Returns a descriptor that is readable when the host has changed files of which the
+    /// guest is to be notified.
+    fn host_changes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// Returns up to `limit` such changes since the last call, each once.
+    fn take_host_changes(&self, limit: usize) -> Vec<HostChange> {
+        let _ = limit;
+        Vec::new()
     }
     /// Must be called after the machine was captured, or the capture failed.
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {

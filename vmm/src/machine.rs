@@ -18,6 +18,7 @@ use sm_control::id::random;
 use sm_control::launch::{LaunchRequest, Paging, StartSource};
 use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
+use sm_devices_fs::{Fs, Watches};
 use sm_devices_net::{Net, NetConfig};
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
@@ -53,7 +54,7 @@ use super::failure::StartFailure;
 use super::guest::{EventSender, GuestMachine, SupervisorEvent};
 use super::paging::{self, Paged};
 use super::prefetch::Prefetch;
-use super::saved::{Content, Plan, Saved};
+use super::saved::{Content, Plan, Saved, SavedShare};
 use super::serving::{ListenerDeps, Published};
 use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
@@ -76,6 +77,10 @@ pub(crate) struct RunningMachine {
     /// The layer of the snapshot that was restored, if any.
     restored: Option<Layer>,
     start_timeout: Duration,
+    /// The device of shared directories, and the description of these for snapshots.
+    fs: Arc<Mutex<Fs>>,
+    shares: Vec<SavedShare>,
+    watches: Option<Arc<Watches>>,
     /// The configuration of the request.
     config: LaunchConfig,
     /// The description for snapshots, besides memory and state.
@@ -296,6 +301,11 @@ fn begin(
     let root = Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root")));
     let mut disks = vec![disks::changes(request, record, &plan, events.clone())?];
     disks.extend(disks::volumes(request, record, &plan, events)?);
+    let mounts = shares::mounts(request, record, &plan)?;
+    let user = &request.config.workload.user;
+    let watches = shares::watches(&mounts)?;
+    let fs = shares::device(&mounts, user, descriptors.files, watches.clone())?;
+    let fs = Arc::new(Mutex::new(fs));
     parts.devices = disks.iter().map(WritableDisk::device).collect();
     let balloon = Arc::new(Mutex::new(Balloon::new()));
     parts.devices.extend([
@@ -313,7 +323,10 @@ fn begin(
             slot: SLOT_BALLOON,
             device: balloon.clone(),
         },
-        device(SLOT_FS, shares::device(request, descriptors.files)?),
+        DeviceConfig {
+            slot: SLOT_FS,
+            device: fs.clone(),
+        },
     ]);
     let (mut machine, source) = match plan.source {
         ResolvedSource::Snapshot {
@@ -344,6 +357,9 @@ fn begin(
         disks,
         restored,
         start_timeout: Duration::from_millis(request.start_timeout_ms),
+        fs,
+        shares: shares::saved(&mounts),
+        watches,
         config: request.config.clone(),
         content: plan.content,
         identity: plan.identity,

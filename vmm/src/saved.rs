@@ -29,6 +29,10 @@ use sm_vmm_core::virtio::{balloon, blk, rng};
 use super::disks::VerifiedDisks;
 use super::environment::Identity;
 
+mod shares;
+
+pub use self::shares::{SavedShare, ShareMismatch, arrange};
+
 /// Name and layout version of the section with [`Content`], which is JSON: members may be
 /// added, with defaults, under the same number.
 const VM_SECTION: (&str, u32) = ("vm", 1);
@@ -61,6 +65,10 @@ pub struct Content {
     pub config: Option<StoredConfigV1>,
     /// The writable disks.
     pub disks: Vec<SavedDisk>,
+    /// The directories and files of the host that the guest has mounted, in the order of their
+    /// numbers.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<SavedShare>,
 }
 
 /// A writable disk in a snapshot: its layers are the files `disk-SLOT.0` (the lowest one),

@@ -71,6 +71,7 @@ impl StartPlan {
                 root: image.root.clone(),
                 config: None,
                 disks: Vec::new(),
+                shares: Vec::new(),
             },
             identity,
             store: store.clone(),

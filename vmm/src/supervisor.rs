@@ -16,6 +16,7 @@ mod events;
 mod guest_clock;
 mod guest_side;
 mod health;
+mod host_changes;
 mod machine_end;
 mod mounts;
 mod output;
@@ -44,6 +45,7 @@ use sm_guest_proto::container::ContainerId;
 
 use self::clients::ConnectedClient;
 use self::health::Health;
+use self::host_changes::HostChanges;
 use self::restarting::EndRequest;
 use self::signals::UnansweredSignal;
 use self::stage::{MachineEnd, Startup, SupervisorStage};
@@ -90,6 +92,8 @@ enum SupervisorTimer {
     OomCheck,
     /// The guest must be ready for a snapshot.
     Prepare,
+    /// Changes of the host's files were collected.
+    HostChanges,
     /// A stream of the guest ended, and the cause should be known.
     StreamEnded,
     /// Bytes sent to published ports should have been delivered.
@@ -193,6 +197,8 @@ pub(crate) struct Supervisor<G> {
     start_error: Option<String>,
     /// The exit record of the workload, while OOM kills are queried.
     provisional: Option<ExitRecord>,
+    /// Changes of the host's files of which the guest is to be notified.
+    host_changes: HostChanges,
     timers: Vec<(SupervisorTimer, Instant)>,
 }
 
@@ -206,6 +212,7 @@ enum PollSource {
     Agent,
     Main,
     Health,
+    HostChanges,
     Client(u64),
 }
 
@@ -255,6 +262,7 @@ impl<G: GuestMachine> Supervisor<G> {
             end_request: EndRequest::None,
             start_error: None,
             provisional: None,
+            host_changes: HostChanges::default(),
             timers: Vec::new(),
             request: parts.request,
         };
@@ -288,6 +296,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 self.pump_main();
                 self.pump_health_check();
                 self.pump_clients();
+                self.send_host_changes();
                 self.flush_health_check();
                 if !self.flush() {
                     break;
@@ -347,6 +356,10 @@ impl<G: GuestMachine> Supervisor<G> {
         }
         if let Some((fd, flags)) = self.health_interest() {
             add(PollSource::Health, PollFd::from_borrowed_fd(fd, flags));
+        }
+        if let Some(fd) = self.host_changes_interest() {
+            let fd = PollFd::from_borrowed_fd(fd, PollFlags::IN);
+            add(PollSource::HostChanges, fd);
         }
         for (&id, client) in &self.clients {
             if let Some(flags) = self.client_interest(client) {
@@ -413,6 +426,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 }
             }
             PollSource::Health if flags.intersects(input) => self.read_health_check(),
+            PollSource::HostChanges => self.host_has_changed(),
             PollSource::Client(id) if flags.intersects(input) => self.client_ready(id, flags),
             // The stream is only writable: the flush follows.
             PollSource::Agent | PollSource::Main | PollSource::Health | PollSource::Client(_) => {}

@@ -132,11 +132,12 @@ pub(crate) struct CreateArgs {
     /// Mount a directory or file of the host (a source with /), or a volume, which is created
     /// if it does not exist; without a source, an anonymous volume, which --rm and "sm rm -v"
     /// remove. Options: ro; nocopy (leave an empty volume empty); for a path of the host,
-    /// owner=squash|keep|UID:GID and chown=xattr|ignore|deny
+    /// owner=squash|keep|UID:GID, chown=xattr|ignore|deny and watch (notify programs in the
+    /// guest of changes)
     #[arg(short, long, value_name = "[SOURCE:]TARGET[:OPTION[,OPTION]...]", value_parser = Mount::from_volume_option)]
     pub(crate) volume: Vec<Mount>,
     /// Mount a volume, a path of the host or guest memory: type=volume|bind|tmpfs,target=PATH,
-    /// and source=NAME or source=PATH, readonly, volume-nocopy, owner=OWNER, chown=EFFECT,
+    /// and source=NAME or source=PATH, readonly, volume-nocopy, owner=OWNER, chown=EFFECT, watch,
     /// tmpfs-size=SIZE or tmpfs-mode=MODE
     #[arg(long, value_name = "OPTION=VALUE[,OPTION=VALUE]...", value_parser = Mount::from_mount_option)]
     pub(crate) mount: Vec<Mount>,

@@ -15,6 +15,9 @@ pub(crate) struct ForkArgs {
     /// Remove the clones when they exit
     #[arg(long)]
     pub(crate) rm: bool,
+    /// Let several clones write to directories of the host that are mounted
+    #[arg(long)]
+    pub(crate) share_binds: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,

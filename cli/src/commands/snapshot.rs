@@ -37,6 +37,9 @@ pub(crate) fn run(sm: &Sm, command: SnapshotCommand, printer: &Printer) -> Resul
             } else {
                 printer.line(&report.name);
                 printer.note(cost(&report));
+                for warning in &report.warnings {
+                    printer.note(format_args!("sm: {warning}"));
+                }
             }
             Ok(0)
         }
@@ -44,7 +47,16 @@ pub(crate) fn run(sm: &Sm, command: SnapshotCommand, printer: &Printer) -> Resul
             prove_distinct(sm, &name, count, json, printer)
         }
         SnapshotCommand::Inspect { name } => {
-            printer.json(&sm.snapshots().inspect(&name)?)?;
+            let mut shown = serde_json::to_value(sm.snapshots().inspect(&name)?)?;
+            if let (Some(members), Ok(snapshot)) = (shown.as_object_mut(), sm.snapshot(&name))
+                && !snapshot.shares().is_empty()
+            {
+                members.insert(
+                    "shares".to_owned(),
+                    serde_json::to_value(snapshot.shares())?,
+                );
+            }
+            printer.json(&shown)?;
             Ok(0)
         }
         SnapshotCommand::Verify { names } => each(&names, printer, |name| {
@@ -114,13 +126,18 @@ fn cost(report: &SnapshotReport) -> String {
 
 /// Clones a running VM (`sm fork`).
 pub(crate) fn fork(sm: &Sm, args: &ForkArgs, printer: &Printer) -> Result<u32, Failure> {
-    let mut options = RunOptions::new().auto_remove(args.rm);
+    let mut options = RunOptions::new()
+        .auto_remove(args.rm)
+        .share_binds(args.share_binds);
     if let Some(name) = &args.name {
         options = options.name(name.as_str());
     }
     let vm = sm.vm(&args.vm)?;
     let forked = vm.fork(args.count, &options)?;
     let clones = forked.vms;
+    for warning in &forked.warnings {
+        printer.note(format_args!("sm: {warning}"));
+    }
     if args.json {
         let clones: Vec<_> = clones
             .iter()

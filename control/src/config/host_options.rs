@@ -102,6 +102,9 @@ pub struct HostOptionsV1 {
     /// Effect of chown(2).
     #[serde(skip_serializing_if = "is_default")]
     pub chown: HostChown,
+    /// Programs in the guest are notified of changes by the host.
+    #[serde(skip_serializing_if = "is_default")]
+    pub watch: bool,
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -147,6 +150,10 @@ mod tests {
             let error = bad.parse::<HostOwner>().unwrap_err().to_string();
             assert!(error.contains("squash, keep and UID:GID"), "{bad}: {error}");
         }
+        let watch = r#"{"watch":true}"#;
+        let watched: HostOptionsV1 = serde_json::from_str(watch).unwrap();
+        assert!(watched.watch);
+        assert_eq!(serde_json::to_string(&watched).unwrap(), watch);
         let deny: HostOptionsV1 = serde_json::from_str(r#"{"chown":"deny"}"#).unwrap();
         assert_eq!(Ok(deny.chown), "deny".parse());
         assert_eq!("ignore".parse(), Ok(HostChown::Ignore));

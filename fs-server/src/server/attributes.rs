@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
+use super::watching::is_touch;
 use super::{Answer, Server, SharedDirectory};
 use crate::abi::{Attr, AttrOut, SetattrIn, fattr, flag};
 use crate::config::{CacheMode, ShareOptions};
@@ -149,6 +150,11 @@ impl Server {
     }
 
     pub(super) fn setattr(&mut self, node: NodeIndex, args: &SetattrIn) -> Result<Answer, Errno> {
+        if is_touch(args) && self.share_of(node)?.options.watch {
+            self.check_touch(node)?;
+            let (attr, valid) = self.attributes(node)?;
+            return Ok(self.put_attributes(attr, valid));
+        }
         if self.is_synthetic(node) {
             return Err(Errno::PERM);
         }

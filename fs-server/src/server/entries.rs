@@ -73,6 +73,9 @@ impl Server {
             return Err(Errno::NOENT);
         }
         let node = self.nodes.seen(parent, name.to_bytes(), inode.identity())?;
+        if self.watching.is_some() && inode.is_directory() {
+            self.watch_entry(node, parent, name, directory);
+        }
         self.entry_out(node, &inode)
     }
 
@@ -107,6 +110,7 @@ impl Server {
         let node = NodeIndex::of_share(index);
         let (mut attr, valid) = self.attributes(node)?;
         self.mark_submount(&mut attr);
+        self.watch_share(index);
         let nodeid = self.nodes.id(node);
         Ok(self.put(EntryOut {
             nodeid,
@@ -303,16 +307,21 @@ impl Server {
             rustix::fs::renameat_with(&*from, name, &*to, new_name, flags)?;
         }
         // The places of the nodes; if the host has been faster, the next LOOKUP finds them.
-        if let Ok(inode) = Inode::at(&*to, new_name) {
-            self.nodes
-                .moved(new_parent, new_name.to_bytes(), inode.identity());
-        }
-        if flags.contains(RenameFlags::EXCHANGE)
-            && let Ok(inode) = Inode::at(&*from, name)
-        {
-            self.nodes.moved(parent, name.to_bytes(), inode.identity());
+        self.moved(new_parent, &to, new_name);
+        if flags.contains(RenameFlags::EXCHANGE) {
+            self.moved(parent, &from, name);
         }
         Ok(Answer::Empty)
+    }
+
+    /// Records that what is `name` in `parent` now was elsewhere.
+    fn moved(&mut self, parent: NodeIndex, directory: &Directory, name: &CStr) {
+        if let Ok(inode) = Inode::at(directory, name)
+            && let Some(node) = self.nodes.moved(parent, name.to_bytes(), inode.identity())
+            && inode.is_directory()
+        {
+            self.watch_entry(node, parent, name, directory);
+        }
     }
 
     pub(super) fn link(

@@ -95,6 +95,7 @@ impl Server {
         }
         let flags = wanted & offered;
         self.session = Some(Session { flags });
+        self.begin_watching();
         let has_pages = flags & init::MAX_PAGES != 0;
         reply.max_readahead = max_readahead;
         // The two halves of the flags.

@@ -62,6 +62,20 @@ impl Server {
         })
     }
 
+    /// Returns the number of open files that have no name any more: after a restore, the guest
+    /// gets `EIO` for them. No request may be in execution.
+    #[must_use]
+    pub fn unnamed_files(&self) -> usize {
+        let unnamed = |handle: &Handle| match handle {
+            Handle::File { file, .. } => {
+                rustix::fs::fstat(file).is_ok_and(|stat| stat.st_nlink == 0)
+            }
+            Handle::Lost | Handle::Directory(_) => false,
+        };
+        let handles = self.handles.iter();
+        handles.filter(|(_, _, handle)| unnamed(handle)).count()
+    }
+
     /// Restores a session over the directories of this server, which has the same shares. It
     /// goes on without another INIT. Files are opened again with the first request.
     ///
@@ -93,6 +107,8 @@ impl Server {
         self.handles.restore(&state.handles)?;
         self.pending.clone_from(&state.handles);
         self.session = Some(Session::restored(state.flags));
+        self.begin_watching();
+        self.watch_known();
         Ok(())
     }
 

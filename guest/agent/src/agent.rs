@@ -3,6 +3,7 @@
 mod controls;
 mod exec;
 mod files;
+mod host_changes;
 mod mounting;
 mod poweroff;
 mod prepare;
@@ -87,6 +88,8 @@ pub(crate) struct Agent {
     /// Connections waiting for an answer, by kind of request.
     pub(crate) freezing: Option<Waiting>,
     pub(crate) preparing: Option<(Waiting, Pid)>,
+    /// The child that notifies programs of changes by the host.
+    noting: Option<Pid>,
     pub(crate) refreshing: Option<Waiting>,
     /// Also contains the file that the child writes its answer to.
     pub(crate) reporting: Option<(Waiting, Pid, File)>,
@@ -174,6 +177,7 @@ impl Agent {
             vmgenid_seen: false,
             freezing: None,
             preparing: None,
+            noting: None,
             refreshing: None,
             reporting: None,
             mounting: None,
@@ -337,6 +341,7 @@ impl Agent {
                 self.settle_session(session);
             }
             self.check_prepared(&reaped);
+            self.check_noted(&reaped);
             self.check_reported(&reaped);
             self.check_mounted(&reaped);
             if let Some(key) = self.containers.of_init(reaped.pid) {

@@ -7,6 +7,8 @@
 //! The root is hostile: a target is resolved inside it, as the workload would resolve it.
 
 mod copy;
+mod shed;
+mod touch;
 
 use std::fs;
 use std::io;
@@ -25,13 +27,18 @@ use rustix::mount::{
 };
 use sm_guest_proto::control::{GuestMount, GuestMountSource};
 
+pub(crate) use self::shed::unused_names;
+pub(crate) use self::touch::touch;
 use crate::workload::Namespaces;
 use crate::{device, sys};
 
 /// Timeout for the disk of a volume to appear.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Tag of the host's shared directories.
+/// Type of file system of the host's shared directories.
+pub(crate) const SHARES_TYPE: &str = "virtiofs";
+
+/// Tag of them.
 const SHARES: &str = "sm";
 
 /// The directory of a volume's file system that VMs see.
@@ -51,6 +58,7 @@ pub(crate) fn perform(
     own: &Path,
 ) -> Result<(), String> {
     let failed = |what: &str, error: io::Error| format!("cannot {what}: {error}");
+    share_with_agent(mounts, own).map_err(|error| failed("mount shared directories", error))?;
     sys::unshare(sys::NEW_MOUNTS)
         .and_then(|()| {
             let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -60,7 +68,7 @@ pub(crate) fn perform(
     let mut trees = Vec::with_capacity(mounts.len());
     for (number, mount) in mounts.iter().enumerate() {
         let at = own.join("mounts").join(number.to_string());
-        let tree = prepare(mount, &at, &own.join("shares"));
+        let tree = prepare(mount, &at, &shares_at(own));
         trees.push(tree.map_err(|error| failed(&format!("mount {:?}", mount.target), error))?);
     }
     namespaces
@@ -74,6 +82,31 @@ pub(crate) fn perform(
         }
         place(&root, mount, &tree)
             .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
+    }
+    Ok(())
+}
+
+/// Returns the mount point of all shared directories.
+fn shares_at(directory: &Path) -> PathBuf {
+    directory.join("shares")
+}
+
+/// Mounts shared directories in the agent's mount namespace, which is this process's still, if
+/// programs are to be notified of changes in them ([`touch`]). Each is a file system of its
+/// own, mounted where it is first used: mounts of the workload are copies of these.
+fn share_with_agent(mounts: &[GuestMount], directory: &Path) -> io::Result<()> {
+    for mount in mounts {
+        if let GuestMountSource::Shared {
+            name, watch: true, ..
+        } = &mount.source
+        {
+            let root = mounted_shares(&shares_at(directory))?;
+            open(
+                root.join(name).join("."),
+                OFlags::PATH | DIRECTORY,
+                Mode::empty(),
+            )?;
+        }
     }
     Ok(())
 }
@@ -138,7 +171,7 @@ fn mounted_shares(path: &Path) -> io::Result<PathBuf> {
     let is_mounted = fs::metadata(path)?.dev() != fs::metadata(path.join(".."))?.dev();
     if !is_mounted {
         let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        mount(SHARES, path, "virtiofs", flags, None)?;
+        mount(SHARES, path, SHARES_TYPE, flags, None)?;
     }
     Ok(path.to_path_buf())
 }

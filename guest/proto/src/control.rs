@@ -43,6 +43,15 @@ pub enum ControlRequest {
         /// In the order in which they are mounted.
         mounts: Vec<GuestMount>,
     },
+    /// Notify programs that watch files of shared directories (inotify(7)) of changes by the
+    /// host: set the times of the files to [`TOUCH`]. An error if the last such request is
+    /// still performed.
+    NoteHostChanges {
+        /// The container.
+        container: ContainerId,
+        /// The changed files.
+        changes: Vec<HostFileChange>,
+    },
     /// Stop scheduling the processes of all containers (cgroup v2 freezer).
     Freeze,
     /// Resume the processes that [`ControlRequest::Freeze`] has stopped.
@@ -180,6 +189,9 @@ pub enum GuestMountSource {
         /// If the directory is empty, the files at the target are copied to it first.
         #[serde(default)]
         copy: bool,
+        /// [`ControlRequest::NoteHostChanges`] is sent for it.
+        #[serde(default)]
+        watch: bool,
     },
     /// Guest memory.
     Tmpfs {
@@ -188,6 +200,22 @@ pub enum GuestMountSource {
         /// Permissions of its root directory.
         mode: u32,
     },
+}
+
+/// Seconds and nanoseconds of the time of modification, and for a directory of access, too, by
+/// which a guest asks the server of shared directories to notify its programs of a change. No
+/// file gets this time.
+pub const TOUCH: (i64, u32) = (-1_000_000_007_001, 736_687_623);
+
+/// A file or directory that the host has changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFileChange {
+    /// Name of the shared directory, as in [`GuestMountSource::Shared`].
+    pub share: String,
+    /// Path below it; empty for the directory itself.
+    pub path: String,
+    /// It is a directory, in which an entry has appeared or disappeared.
+    pub is_directory: bool,
 }
 
 /// A reply of the agent.
@@ -211,6 +239,8 @@ pub enum ControlReply {
     /// Answer to [`ControlRequest::IdentityReport`].
     #[serde(rename = "evidence")]
     IdentityReport(IdentityReport),
+    /// The last request of this kind is still performed; this one was not.
+    Busy,
     /// The request failed.
     Error {
         /// The operation, the object and the cause, in a sentence.

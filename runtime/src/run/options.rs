@@ -88,6 +88,7 @@ pub struct RunOptions {
     pub(super) restart: RestartPolicy,
     pub(super) expire: Option<Duration>,
     pub(super) health: HealthOptions,
+    pub(crate) share_binds: bool,
 }
 
 impl Default for RunOptions {
@@ -121,6 +122,7 @@ impl Default for RunOptions {
             restart: RestartPolicy::No,
             expire: None,
             health: HealthOptions::default(),
+            share_binds: false,
         }
     }
 }
@@ -242,7 +244,7 @@ impl RunOptions {
         self
     }
 
-    /// Mounts a volume or a tmpfs.
+    /// Mounts a volume, a path of the host or a tmpfs.
     #[must_use]
     pub fn mount(mut self, mount: Mount) -> Self {
         self.mounts.push(mount);
@@ -256,6 +258,14 @@ impl RunOptions {
     pub fn volumes_from(mut self, vm: impl Into<String>, read_only: bool) -> Self {
         let vm = vm.into();
         self.volumes_of.push(VolumesOf { vm, read_only });
+        self
+    }
+
+    /// Permits several clones of [`Vm::fork`](crate::Vm::fork) to write to one directory of the
+    /// host.
+    #[must_use]
+    pub fn share_binds(mut self, yes: bool) -> Self {
+        self.share_binds = yes;
         self
     }
 

@@ -11,7 +11,7 @@ use sm_control::workload::Overrides;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::store::SnapshotStore;
-use sm_vmm::saved;
+use sm_vmm::saved::{self, SavedShare};
 
 use super::check_user_name;
 use crate::image::Image;
@@ -19,6 +19,7 @@ use crate::record::{Records, VmConfig};
 use crate::run::{self, RunOptions};
 use crate::sm::Sm;
 use crate::vm::{AfterSnapshot, Force, Lifetime, Vm};
+use crate::volumes::{Mount, continued};
 use crate::{Error, FixedOption, OptionError, Refusal};
 
 /// A workload snapshot; see [`Sm::snapshot`]. While this value lives, the snapshot cannot
@@ -28,6 +29,7 @@ pub struct Snapshot {
     sm: Sm,
     chain: Chain,
     config: VmConfig,
+    shares: Vec<SavedShare>,
 }
 
 impl Sm {
@@ -49,7 +51,8 @@ impl Snapshot {
             Layer::Image => "an image only",
             Layer::App => "no workload",
         };
-        let Some(config) = saved::content(&chain)?.config else {
+        let content = saved::content(&chain)?;
+        let Some(config) = content.config else {
             let name = name.to_owned();
             return Err(Refusal::NoWorkload { name, holds }.into());
         };
@@ -57,6 +60,7 @@ impl Snapshot {
             sm: sm.clone(),
             chain,
             config: config.into(),
+            shares: content.shares,
         })
     }
 
@@ -72,9 +76,17 @@ impl Snapshot {
         &self.config
     }
 
+    /// Returns the directories and files of the host that the workload has mounted. To
+    /// continue it takes a [`Mount::host`](crate::Mount::host) for each, with the same target
+    /// and any source: a snapshot is no right to files of the host.
+    #[must_use]
+    pub fn shares(&self) -> &[SavedShare] {
+        &self.shares
+    }
+
     /// Starts a VM that continues the workload, and returns once it runs. Of the options,
-    /// name, host name, published ports, attachment, timeouts, paging and removal apply;
-    /// the rest is as in the snapshot.
+    /// name, host name, published ports, attachment, timeouts, paging, removal and mounts of
+    /// the host apply ([`Self::shares`]); the rest is as in the snapshot.
     ///
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed in a snapshot.
@@ -90,7 +102,7 @@ impl Snapshot {
     /// # Errors
     /// As for [`Self::run`], as far as they concern the options.
     pub fn create(&self, options: &RunOptions) -> Result<Vm, Error> {
-        check(&self.config, options)?;
+        self.check(options)?;
         let source = SettingsSourceV1::Snapshot(self.name().to_owned());
         let config = |id, name| Ok(self.config_of_clone(options, id, name));
         run::create_idle(&self.sm, options, source, config)
@@ -98,10 +110,15 @@ impl Snapshot {
 
     /// Like [`Self::run`], for a caller that has already swept the records.
     fn run_in(&self, records: &Records, options: &RunOptions) -> Result<Vm, Error> {
-        check(&self.config, options)?;
+        self.check(options)?;
         let source = StartSource::Snapshot(self.name().to_owned());
         let config = |id, name| Ok(self.config_of_clone(options, id, name));
         run::launch_in(&self.sm, records, options, config, source)?.until_started(options.attach)
+    }
+
+    fn check(&self, options: &RunOptions) -> Result<(), Error> {
+        check(&self.config, options)?;
+        continued::check(&self.shares, &options.mounts)
     }
 
     fn config_of_clone(&self, options: &RunOptions, id: VmId, name: String) -> VmConfig {
@@ -148,7 +165,7 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     if options.read_only || options.root.is_some() {
         return fixed(FixedOption::Root);
     }
-    if !(options.mounts.is_empty() && options.volumes_of.is_empty()) {
+    if !options.volumes_of.is_empty() {
         return fixed(FixedOption::Mounts);
     }
     // The snapshot does not contain the current value.
@@ -180,13 +197,16 @@ impl Vm {
 
     /// Starts `count` clones of the running VM, which continues, and returns them when
     /// their workloads run. They share memory until they modify it. `options` are as for
-    /// [`Snapshot::run`]; a number is appended to the name of each clone.
+    /// [`Snapshot::run`]; a number is appended to the name of each clone. Without mounts in
+    /// the options, the clones have those of the host that this VM has; only with
+    /// [`RunOptions::share_binds`] do several write to one directory.
     ///
     /// When a clone cannot be started, no further ones are; running clones are returned
     /// together with the error.
     ///
     /// # Errors
-    /// The VM cannot be captured: no clone was started.
+    /// The VM cannot be captured, or several clones would write to a directory of the host: no
+    /// clone was started.
     pub fn fork(&self, count: usize, options: &RunOptions) -> Result<Forked, Error> {
         fork(self, count, options)
     }
@@ -200,6 +220,8 @@ pub struct Forked {
     pub vms: Vec<Vm>,
     /// The cause, if there are fewer than requested.
     pub error: Option<Error>,
+    /// What the clones cannot have of the VM; sentences.
+    pub warnings: Vec<String>,
 }
 
 /// Number of clones that are started concurrently.
@@ -207,12 +229,24 @@ const MAX_CONCURRENT: usize = 4;
 
 fn fork(vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
     let sm = vm.sm();
+    let mut options = options.clone();
+    let settings = vm.record().start_settings();
+    let has_own = options.mounts.is_empty();
+    if !options.share_binds {
+        let given: Vec<_> = options.mounts.iter().map(Mount::stored).collect();
+        let own = settings.map_or(&[][..], |settings| &settings.mounts);
+        continued::check_writers(count, if has_own { own } else { &given })?;
+    }
     let name = format!("fork-{}-{}", vm.id().short(), hex(&random::<4>()));
     let records = Records::open(sm.home())?;
     records.sweep()?;
     // `captured` prevents the removal of the snapshot until it is opened here.
     let captured = vm.create_snapshot(&name, AfterSnapshot::Continue, Lifetime::LastUser)?;
     let snapshot = Snapshot::open(sm, &name)?;
+    if has_own {
+        options.mounts = continued::of_vm(settings, &snapshot.shares);
+    }
+    let warnings = captured.report.warnings.clone();
     drop(captured);
     let (vms, error) = start_all(count, |number| {
         let mut options = options.clone();
@@ -228,7 +262,11 @@ fn fork(vm: &Vm, count: usize, options: &RunOptions) -> Result<Forked, Error> {
     if let Err(error) = removed {
         tracing::debug!(%error, name, "the snapshot of a fork stays");
     }
-    Ok(Forked { vms, error })
+    Ok(Forked {
+        vms,
+        error,
+        warnings,
+    })
 }
 
 /// Starts numbers 1 to `count`, some concurrently, until one fails. Returns the started

@@ -24,6 +24,7 @@ use sm_snapshot::store::SnapshotStore;
 pub use sm_snapshot::verify::VerifiedSnapshot;
 use sm_vmm::IMAGE_LABEL;
 pub use sm_vmm::disks::VerifiedDisks;
+pub use sm_vmm::saved::SavedShare;
 
 use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
 use crate::sm::Sm;

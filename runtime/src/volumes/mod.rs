@@ -9,6 +9,7 @@
 //!
 //! The host never mounts or parses the file system, which guests control.
 
+pub(crate) mod continued;
 mod host;
 mod mounts;
 mod plan;

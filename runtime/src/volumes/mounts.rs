@@ -144,6 +144,16 @@ impl Mount {
         self
     }
 
+    /// Notifies programs in the guest that watch files (inotify(7)) of changes by the host, in
+    /// up to 8192 directories that the guest has used.
+    #[must_use]
+    pub fn watch(mut self, yes: bool) -> Self {
+        if let MountKind::Host { options, .. } = &mut self.kind {
+            options.watch = yes;
+        }
+        self
+    }
+
     /// Sets the limit of a tmpfs in bytes.
     #[must_use]
     pub fn size(mut self, bytes: u64) -> Self {
@@ -163,8 +173,8 @@ impl Mount {
     }
 
     /// Parses the value of Docker's `-v`: `[SOURCE:]TARGET[:OPTIONS]`, with the options `ro`,
-    /// `rw`, for a volume `nocopy`, and for a path of the host `owner=squash|keep|UID:GID` and
-    /// `chown=xattr|ignore|deny`. A source that begins with `/`, `.` or `~` is a path of the
+    /// `rw`, for a volume `nocopy`, and for a path of the host `owner=squash|keep|UID:GID`,
+    /// `chown=xattr|ignore|deny` and `watch`. A source that begins with `/`, `.` or `~` is a path of the
     /// host, any other is the name of a volume.
     ///
     /// # Errors
@@ -198,12 +208,13 @@ impl Mount {
                 // Labels of SELinux, hints for caches of other systems, and the only way in
                 // which mounts of a VM propagate.
                 "z" | "Z" | "cached" | "delegated" | "consistent" | "private" | "rprivate" => mount,
+                "watch" if is_host => mount.watch(true),
                 _ if is_host && matches!(name, "owner" | "chown") => {
                     mount.with_host_option(name, value)?
                 }
                 _ if is_host => {
                     return Err(format!(
-                        "\"{option}\" is no option of this mount: ro, rw, owner=, chown="
+                        "\"{option}\" is no option of this mount: ro, rw, owner=, chown=, watch"
                     ));
                 }
                 _ => {
@@ -218,7 +229,7 @@ impl Mount {
 
     /// Parses the value of Docker's `--mount`: `type=volume|bind|tmpfs,target=PATH`, with
     /// `source=NAME` or `source=PATH`, `readonly`, `volume-nocopy`, `tmpfs-size=SIZE` and
-    /// `tmpfs-mode=MODE`; with a path, `owner=` and `chown=` as in `-v`.
+    /// `tmpfs-mode=MODE`; with a path, `owner=`, `chown=` and `watch` as in `-v`.
     ///
     /// # Errors
     /// A sentence.
@@ -258,6 +269,7 @@ impl Mount {
                     _ => mount,
                 },
                 "owner" | "chown" if is_host => mount.with_host_option(name, value)?,
+                "watch" if is_host => mount.watch(matches!(value, "" | "true" | "1")),
                 "consistency" if is_host => mount,
                 "bind-propagation" if is_host && matches!(value, "private" | "rprivate") => mount,
                 "tmpfs-size" if is_tmpfs => mount.size(parse_size(value)?),
@@ -408,8 +420,8 @@ mod tests {
         let owned = Mount::host(".", "/work").owner(HostOwner::Fixed { uid: 1, gid: 2 });
         assert_eq!(parse(".:/work:owner=1:2"), Ok(owned.clone()));
         assert_eq!(
-            parse(".:/work:chown=deny,owner=1:2,ro"),
-            Ok(owned.chown(HostChown::Deny).read_only(true))
+            parse(".:/work:chown=deny,watch,owner=1:2,ro"),
+            Ok(owned.chown(HostChown::Deny).watch(true).read_only(true))
         );
         assert_eq!(
             parse("/data:ro"),
@@ -423,6 +435,7 @@ mod tests {
             ("/home:/data:nocopy", "no option of this mount"),
             ("a:/b:ro:c", "\"ro:c\" is no option"),
             ("a:/b:owner=keep", "nocopy for a volume"),
+            ("a:/b:watch", "nocopy for a volume"),
             (".:/b:owner=root", "squash, keep and UID:GID"),
             (".:/b:chown=yes", "xattr, ignore and deny"),
             ("/home:data", "no option of this mount"),
@@ -450,8 +463,9 @@ mod tests {
             Ok(Mount::host("./x", "/x").read_only(true))
         );
         assert_eq!(
-            parse("type=bind,source=.,target=/x,owner=squash,chown=ignore"),
+            parse("type=bind,source=.,target=/x,owner=squash,chown=ignore,watch=true"),
             Ok(Mount::host(".", "/x")
+                .watch(true)
                 .owner(HostOwner::Squash)
                 .chown(HostChown::Ignore))
         );

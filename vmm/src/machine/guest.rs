@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use sm_control::id::random;
 use sm_control::launch::{BalloonReport, SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
 use sm_control::with_causes;
+use sm_devices_fs::HostChange;
 use sm_devices_vsock::ConnectOptions;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
+use super::shares;
 use super::writable::WritableDisk;
 use super::{RunningMachine, failed, lock};
 use crate::capturing::{CaptureCallbacks, Capturing, Origin, PublishedCapture};
@@ -168,7 +170,7 @@ impl GuestMachine for RunningMachine {
             .map_err(|error| with_causes(&error))
     }
 
-    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<Option<String>, String> {
         let mut labels = BTreeMap::new();
         labels.insert(IMAGE_LABEL.to_owned(), self.config.image.clone());
         if plan.ephemeral {
@@ -185,6 +187,7 @@ impl GuestMachine for RunningMachine {
             labels,
             content: Content {
                 config: Some(self.config.clone().into()),
+                shares: self.shares.clone(),
                 ..self.content.clone()
             },
         };
@@ -201,7 +204,18 @@ impl GuestMachine for RunningMachine {
             });
             events.send(SupervisorEvent::Snapshot(snapshot));
         };
-        self.capture(plan, Box::new(published))
+        self.capture(plan, Box::new(published))?;
+        let fs = lock(&self.fs);
+        Ok(shares::lost(fs.unnamed_files().unwrap_or(0)))
+    }
+
+    fn host_changes(&self) -> Option<BorrowedFd<'_>> {
+        self.watches.as_ref().map(|watches| watches.as_fd())
+    }
+
+    fn take_host_changes(&self, limit: usize) -> Vec<HostChange> {
+        let watches = self.watches.as_ref();
+        watches.map_or_else(Vec::new, |watches| watches.take(limit))
     }
 
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {

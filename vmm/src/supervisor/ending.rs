@@ -62,6 +62,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorTimer::Prepare => self.preparing_took_too_long(),
             SupervisorTimer::Kill => self.destroy("the workload did not end when it was killed"),
             SupervisorTimer::OomCheck => self.oom_checked(false),
+            SupervisorTimer::HostChanges => self.collect_host_changes(),
             // A stream that could not be opened in time ends as well.
             SupervisorTimer::StreamEnded => self.host_failed("the guest agent disconnected"),
             SupervisorTimer::Delivery => {

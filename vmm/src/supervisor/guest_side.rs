@@ -243,6 +243,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 self.start_failed_in_guest(&printable(&message), None);
             }
             (Purpose::FreezeRoot, reply) => self.root_frozen(reply),
+            (Purpose::NoteHostChanges, reply) => self.host_changes_noted(reply),
             (
                 Purpose::IdentityReport { requested_ns },
                 ControlReply::IdentityReport(identity_report),

@@ -22,11 +22,17 @@ pub(super) fn of_guest(requested: &[MountRequest]) -> Vec<GuestMount> {
                 device: device(volumes.next().unwrap_or(u8::MAX)),
                 copy: *copy,
             },
-            MountSource::Host { file, volume, .. } => GuestMountSource::Shared {
+            MountSource::Host {
+                file,
+                options,
+                volume,
+                ..
+            } => GuestMountSource::Shared {
                 // As `machine/shares.rs` names them.
                 name: shares.next().unwrap_or(u32::MAX).to_string(),
                 file: file.clone(),
                 copy: volume.as_ref().is_some_and(|volume| volume.copy),
+                watch: options.watch,
             },
             MountSource::Tmpfs { size, mode } => GuestMountSource::Tmpfs {
                 size: *size,
@@ -89,6 +95,7 @@ mod tests {
             name: name.to_owned(),
             file: file.map(str::to_owned),
             copy: false,
+            watch: false,
         };
         assert_eq!(
             sources,

@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use sm_control::launch::{ControlAnswer, MountRequest, MountSource, SnapshotReport};
+use sm_control::launch::{ControlAnswer, SnapshotReport};
 use sm_guest_proto::control::{ControlReply, ControlRequest};
 use sm_guest_proto::port;
 use sm_snapshot::manifest::Layer;
@@ -32,10 +32,6 @@ pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The answer for a snapshot that will not be taken.
 const ENDED: &str = "the VM exited before its snapshot was taken";
-
-/// A clone could reach the directories only by their paths, and a path in a snapshot is no
-/// right to what is there.
-const SHARES: &str = "files of the host are mounted in this VM, and a snapshot cannot contain them";
 
 impl<G: GuestMachine> Supervisor<G> {
     pub(super) fn start_snapshot(&mut self, client: u64, plan: SnapshotPlan) {
@@ -86,10 +82,6 @@ impl<G: GuestMachine> Supervisor<G> {
         if let Some(guest) = &self.guest {
             guest.check_snapshot(&plan.name)?;
         }
-        let shares = |mount: &MountRequest| matches!(mount.source, MountSource::Host { .. });
-        if self.request.mounts.iter().any(shares) {
-            return Err(SHARES.to_owned());
-        }
         let is_about_to_end = self.is_about_to_end();
         let refusal = match &mut self.stage {
             SupervisorStage::Starting(_) => "the workload has not started yet",
@@ -120,6 +112,7 @@ impl<G: GuestMachine> Supervisor<G> {
                             plan,
                             requested_at: Instant::now(),
                             frozen_us: 0,
+                            warning: None,
                         });
                         self.leave_out_health_check();
                         self.set_timer(SupervisorTimer::Prepare, self.prepare_timeout);
@@ -191,11 +184,14 @@ impl<G: GuestMachine> Supervisor<G> {
         else {
             return;
         };
-        let MachineActivity::Preparing(job) = std::mem::take(machine) else {
+        let MachineActivity::Preparing(mut job) = std::mem::take(machine) else {
             return;
         };
         match guest.snapshot(job.plan.clone()) {
-            Ok(()) => *machine = MachineActivity::Copying(job),
+            Ok(warning) => {
+                job.warning = warning;
+                *machine = MachineActivity::Copying(job);
+            }
             Err(error) => {
                 *machine = MachineActivity::Preparing(job);
                 self.thaw();
@@ -344,6 +340,7 @@ impl<G: GuestMachine> Supervisor<G> {
                 let report = SnapshotReport {
                     name,
                     frozen_us: job.frozen_us,
+                    warnings: job.warning.into_iter().collect(),
                     ..report
                 };
                 if !job.plan.ephemeral {
@@ -406,6 +403,7 @@ impl<G: GuestMachine> Supervisor<G> {
 
     fn start_reset(&mut self, client: u64) {
         self.forget_health();
+        self.host_changes.restart();
         self.agent = None;
         self.main = None;
         self.phases.clear();

@@ -159,6 +159,8 @@ pub(super) struct SnapshotJob {
     pub(super) plan: SnapshotPlan,
     pub(super) requested_at: Instant,
     pub(super) frozen_us: u64,
+    /// What clones cannot have; a sentence.
+    pub(super) warning: Option<String>,
 }
 
 impl Startup {

@@ -89,5 +89,6 @@ fn request_name(request: &ControlRequest) -> &'static str {
         ControlRequest::PowerOff { .. } => "power off",
         ControlRequest::Stats { .. } => "stats",
         ControlRequest::IdentityReport { .. } => "identity report",
+        ControlRequest::NoteHostChanges { .. } => "note host changes",
     }
 }

@@ -44,6 +44,9 @@ impl Agent {
             ControlRequest::Mount { container, mounts } => {
                 return self.mount(key, &container, &mounts);
             }
+            ControlRequest::NoteHostChanges { container, changes } => {
+                self.note_host_changes(&container, &changes)
+            }
             ControlRequest::Freeze => return self.freeze(key),
             ControlRequest::Thaw => {
                 done_or("thaw the containers", self.containers.group.freeze(false))

@@ -102,13 +102,13 @@ impl GuestMachine for FakeGuest {
             _ => Ok(()),
         }
     }
-    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<(), String> {
+    fn snapshot(&mut self, plan: SnapshotPlan) -> Result<Option<String>, String> {
         // For "large", the test sends the event that memory is copied.
         if plan.name != "large" {
             self.events.send(SupervisorEvent::Captured(Ok(())));
         }
         *self.state.snapshot.lock().unwrap() = Some(plan);
-        Ok(())
+        Ok(Some("a file is lost".to_owned()))
     }
     fn captured(&mut self, then: AfterCapture) -> Result<(), String> {
         *self.state.captured.lock().unwrap() = Some(then);

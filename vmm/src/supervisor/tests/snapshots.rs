@@ -47,6 +47,7 @@ fn a_snapshot_is_of_a_frozen_workload_that_goes_on() {
         panic!("a report");
     };
     assert_eq!((report.name.as_str(), report.pages), ("warm", 7));
+    assert_eq!(report.warnings, ["a file is lost"]);
     let plan = f.guest.snapshot.lock().unwrap().clone().unwrap();
     assert!(!plan.leave_paused && !plan.ephemeral);
     main.exit(0);
