@@ -252,8 +252,9 @@ pub struct FsConfig {
     /// The shares, with different names; at most [`MAX_SHARES`].
     pub shares: Vec<Share>,
     /// Maximum number of inodes that the guest knows at once, beside the shares, of some 130
-    /// bytes each. Further ones are listed, but cannot be used (`ENFILE`). 262,144 unless
-    /// set; at most 2^31.
+    /// bytes each. Beyond three quarters of it, the guest forgets what it does not use; if it
+    /// uses more, further ones are listed, but cannot be used (`ENFILE`). 262,144 unless set;
+    /// at most 2^31.
     pub max_nodes: u32,
     /// Maximum number of files and directories that the guest has open at once, each with a
     /// descriptor; further ones are refused with `ENFILE`. 4,096 unless set.

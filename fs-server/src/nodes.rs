@@ -15,9 +15,42 @@ use rustix::io::Errno;
 
 mod saved;
 
+/// Secret numbers of a hash function, so that nobody can choose files whose inodes are in one
+/// bucket.
+#[derive(Debug)]
+struct Secrets([u64; 3]);
+
+impl Secrets {
+    fn new() -> Self {
+        let state = RandomState::new();
+        Self([1u8, 2, 3].map(|number| state.hash_one(number)))
+    }
+
+    /// Returns the hash of an inode: products of 128 bits, both halves of which are used.
+    fn hash(&self, share: u16, identity: &Identity) -> u32 {
+        let [first, second, third] = self.0;
+        let Identity {
+            device,
+            inode,
+            born,
+            kind,
+        } = *identity;
+        let hash = folded(inode ^ first, born ^ second);
+        let rest = device ^ u64::from(kind) << 16 ^ u64::from(share);
+        let hash = folded(hash ^ rest, third);
+        u32::try_from(hash >> 32).unwrap_or(0)
+    }
+}
+
+/// Returns the exclusive or of the halves of a product.
+fn folded(a: u64, b: u64) -> u64 {
+    let high = (u128::from(a) * u128::from(b)) >> 64;
+    a.wrapping_mul(b) ^ u64::try_from(high).unwrap_or(0)
+}
+
 /// Identity of an inode of the host. The time of creation distinguishes inodes that had one
 /// number after each other, where the file system has it.
-#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) device: u64,
     pub(crate) inode: u64,
@@ -64,6 +97,8 @@ pub(crate) struct Node {
     /// Number of nodes with this parent.
     children: u32,
     generation: u32,
+    /// Hash of share and identity.
+    hash: u32,
     /// Next node of the bucket, or of the free list.
     next: u32,
     used: bool,
@@ -95,7 +130,7 @@ pub(crate) struct Nodes {
     /// Root and shares, which are never removed.
     pinned: usize,
     max: usize,
-    hasher: RandomState,
+    secrets: Secrets,
 }
 
 impl Nodes {
@@ -114,7 +149,7 @@ impl Nodes {
             used: 0,
             pinned: shares.len() + 1,
             max: usize::try_from(max.min(1 << 31)).unwrap_or(1 << 31),
-            hasher: RandomState::new(),
+            secrets: Secrets::new(),
         };
         // The root and the shares are not found by identity: a share may be inside another.
         nodes.slots.push(Self::pinned(u16::MAX, root));
@@ -133,6 +168,7 @@ impl Nodes {
             lookups: 1,
             children: 0,
             generation: 0,
+            hash: 0,
             next: NONE,
             used: true,
         }
@@ -187,17 +223,15 @@ impl Nodes {
         node.ok_or(Errno::STALE)
     }
 
-    fn bucket(&self, share: u16, identity: &Identity) -> usize {
-        let hash = self.hasher.hash_one((share, identity));
-        // The mask is less than the number of buckets, which is a `usize`.
-        let mask = self.buckets.len() as u64 - 1;
-        usize::try_from(hash & mask).unwrap_or(0)
+    fn bucket(&self, hash: u32) -> usize {
+        // `usize` has at least 32 bits on the hosts of this crate.
+        hash as usize & (self.buckets.len() - 1)
     }
 
-    fn search(&self, share: u16, identity: &Identity) -> Option<NodeIndex> {
-        let mut at = *self.buckets.get(self.bucket(share, identity))?;
+    fn search(&self, hash: u32, share: u16, identity: &Identity) -> Option<NodeIndex> {
+        let mut at = *self.buckets.get(self.bucket(hash))?;
         while let Some(node) = self.slots.get(at as usize) {
-            if node.share == share && node.identity == *identity {
+            if node.hash == hash && node.share == share && node.identity == *identity {
                 return Some(NodeIndex(at));
             }
             at = node.next;
@@ -217,8 +251,9 @@ impl Nodes {
         identity: Identity,
     ) -> Result<NodeIndex, Errno> {
         let share = self.get(parent)?.share;
-        let Some(index) = self.search(share, &identity) else {
-            return self.insert(share, parent, name, identity);
+        let hash = self.secrets.hash(share, &identity);
+        let Some(index) = self.search(hash, share, &identity) else {
+            return self.insert((hash, share), parent, name, identity);
         };
         if index == parent {
             // A directory that is mounted in itself.
@@ -237,7 +272,8 @@ impl Nodes {
         identity: Identity,
     ) -> Option<NodeIndex> {
         let share = self.get(parent).ok()?.share;
-        let index = self.search(share, &identity)?;
+        let hash = self.secrets.hash(share, &identity);
+        let index = self.search(hash, share, &identity)?;
         if index == parent {
             return None;
         }
@@ -254,6 +290,12 @@ impl Nodes {
         }
     }
 
+    /// Returns true if the guest should not keep what it does not use: it cannot be asked to
+    /// forget inodes, but forgets those at once whose names are not valid any more.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.used >= self.max / 4 * 3
+    }
+
     /// Returns true if a further inode can be recorded.
     pub(crate) fn has_room(&self) -> bool {
         self.used < self.max
@@ -261,7 +303,7 @@ impl Nodes {
 
     fn insert(
         &mut self,
-        share: u16,
+        (hash, share): (u32, u16),
         parent: NodeIndex,
         name: &[u8],
         identity: Identity,
@@ -272,7 +314,7 @@ impl Nodes {
         if self.used >= self.buckets.len() {
             self.grow();
         }
-        let bucket = self.bucket(share, &identity);
+        let bucket = self.bucket(hash);
         let mut node = Node {
             share,
             identity,
@@ -281,6 +323,7 @@ impl Nodes {
             lookups: 1,
             children: 0,
             generation: 0,
+            hash,
             next: self.buckets[bucket],
             used: true,
         };
@@ -310,8 +353,7 @@ impl Nodes {
     fn fill_buckets(&mut self) {
         for slot in self.pinned..self.slots.len() {
             if self.slots[slot].used {
-                let node = &self.slots[slot];
-                let bucket = self.bucket(node.share, &node.identity);
+                let bucket = self.bucket(self.slots[slot].hash);
                 self.slots[slot].next = self.buckets[bucket];
                 // Slots are counted by a u32.
                 self.buckets[bucket] = u32::try_from(slot).unwrap_or(NONE);
@@ -400,7 +442,7 @@ impl Nodes {
     /// Removes a node from its bucket.
     fn unlink(&mut self, index: NodeIndex) {
         let node = &self.slots[index.slot()];
-        let (next, bucket) = (node.next, self.bucket(node.share, &node.identity));
+        let (next, bucket) = (node.next, self.bucket(node.hash));
         let mut at = self.buckets[bucket];
         if at == index.0 {
             self.buckets[bucket] = next;

@@ -25,6 +25,121 @@ fn shell(directory: &Path, script: &str) -> String {
     text
 }
 
+/// Returns true if tests run that take minutes.
+fn is_full() -> bool {
+    let is_full = std::env::var_os("SM_TEST_FULL").is_some();
+    if !is_full {
+        eprintln!("left out: it takes minutes; set SM_TEST_FULL=1 for it");
+    }
+    is_full
+}
+
+/// Operations of fsx, the exerciser of file systems, which Debian has no package of: reads and
+/// writes, by calls and by maps, truncations, holes and reopening, compared with memory.
+const EXERCISER: &str = r#"
+import mmap, os, random, subprocess, sys
+seed, count, most = int(sys.argv[1]), int(sys.argv[2]), 256 << 10
+random.seed(seed)
+fd, model = os.open("f", os.O_RDWR | os.O_CREAT | os.O_TRUNC), bytearray()
+def place(limit):
+    at = random.randrange(limit)
+    return at, random.randint(1, min(limit - at, 64 << 10))
+def grow(end):
+    model.extend(bytes(max(0, end - len(model))))
+for step in range(count):
+    kind = random.choice(["read", "write", "map", "mapwrite", "truncate", "hole", "reopen", "append"])
+    if kind == "write":
+        at, size = place(most)
+        data = random.randbytes(size)
+        assert os.pwrite(fd, data, at) == size
+        grow(at + size)
+        model[at:at + size] = data
+    elif kind == "append" and len(model) < most:
+        other, data = os.open("f", os.O_WRONLY | os.O_APPEND), random.randbytes(1000)
+        assert os.write(other, data) == 1000
+        os.close(other)
+        model += data
+    elif kind == "truncate":
+        size = random.randrange(most)
+        os.truncate("f", size) if random.random() < 0.5 else os.ftruncate(fd, size)
+        del model[size:]
+        grow(size)
+    elif kind == "reopen":
+        os.close(fd)
+        fd = os.open("f", os.O_RDWR)
+    elif kind == "hole" and model:
+        at, size = place(len(model))
+        subprocess.run(["fallocate", "-p", "-o", str(at), "-l", str(size), "f"], check=True)
+        model[at:at + size] = bytes(size)
+    elif model and kind in ("read", "map", "mapwrite"):
+        at, size = place(len(model))
+        if kind == "read":
+            found = os.pread(fd, size, at)
+        else:
+            with mmap.mmap(fd, len(model)) as view:
+                if kind == "mapwrite":
+                    data = random.randbytes(size)
+                    view[at:at + size] = model[at:at + size] = data
+                found = view[at:at + size]
+        assert found == model[at:at + size], (seed, step, kind, at, size)
+    assert os.fstat(fd).st_size == len(model), (seed, step, kind)
+assert open("f", "rb").read() == model, seed
+open("model", "wb").write(model)
+"#;
+
+#[test]
+fn a_file_has_what_was_written_by_calls_and_maps() {
+    if !sm_test_needs::programs(&["python3", "fallocate"]) {
+        return;
+    }
+    let rounds = if is_full() { 20 } else { 1 };
+    for cache in [CacheMode::Auto, CacheMode::Exclusive] {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(mounted) = Mounted::new(folder.path(), ShareOptions::default().cache(cache))
+        else {
+            return;
+        };
+        fs::write(folder.path().join("exerciser"), EXERCISER).unwrap();
+        for seed in 0..rounds {
+            shell(
+                &mounted.guest,
+                &format!("python3 exerciser {seed} 1500; cmp f model"),
+            );
+        }
+        mounted.unmount();
+        let same = fs::read(folder.path().join("f")).unwrap();
+        assert!(same == fs::read(folder.path().join("model")).unwrap());
+    }
+}
+
+/// Random and sequential I/O of several processes, whose contents fio verifies.
+#[test]
+fn full_fio_verifies_what_it_has_written() {
+    if !is_full() {
+        return;
+    }
+    if Command::new("fio").arg("--version").output().is_err() {
+        eprintln!("left out: there is no program \"fio\"");
+        return;
+    }
+    for cache in [CacheMode::Auto, CacheMode::Exclusive] {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(mounted) = Mounted::new(folder.path(), ShareOptions::default().cache(cache))
+        else {
+            return;
+        };
+        let jobs = "
+            fio --minimal --name=random --rw=randrw --bs=4k --size=32m --numjobs=4 --verify=crc32c
+            fio --minimal --name=large --rw=write --bs=1m --size=128m --verify=sha256 --fsync=16
+            fio --minimal --name=odd --rw=randwrite --bsrange=1k-130k --bs_unaligned --size=32m \
+                --verify=crc32c --fallocate=none
+            fio --minimal --name=mapped --ioengine=mmap --rw=randrw --bs=4k --size=32m --verify=crc32c
+            fio --minimal --name=direct --direct=1 --rw=randrw --bs=4k --size=16m --verify=crc32c";
+        shell(&mounted.guest, jobs);
+        mounted.unmount();
+    }
+}
+
 #[test]
 fn git_works() {
     if !sm_test_needs::programs(&["git"]) {
@@ -88,6 +203,21 @@ fn sqlite_works() {
     assert_eq!(host, "120\n");
 }
 
+/// Resident memory of this process in bytes, without pages of files.
+fn resident() -> usize {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib: usize = line
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    kib << 10
+}
+
 /// Walks a tree of `files` files in directories of 4; returns the most descriptors that the
 /// server had.
 fn walk(files: usize) -> usize {
@@ -101,7 +231,7 @@ fn walk(files: usize) -> usize {
             fs::write(path.join(file.to_string()), "").unwrap();
         }
     }
-    let before = descriptors();
+    let (before, resident) = (descriptors(), resident());
     let Some(mounted) = Mounted::new(folder.path(), ShareOptions::default()) else {
         return 0;
     };
@@ -110,6 +240,9 @@ fn walk(files: usize) -> usize {
         assert_eq!(found.trim(), (files / 4 * 4).to_string());
     }
     let used = descriptors().saturating_sub(before);
+    // Beside the server, this process has only the list of its tests.
+    let grown = self::resident().saturating_sub(resident);
+    assert!(grown < 40 << 20, "{grown} bytes");
     let removed = shell(&mounted.guest, "rm -rf * && ls -A | wc -l");
     assert_eq!(removed, "0\n");
     mounted.unmount();
@@ -125,9 +258,8 @@ fn many_files_need_few_descriptors() {
 }
 
 #[test]
-#[ignore = "takes minutes"]
-fn a_million_files_need_few_descriptors() {
-    if sm_test_needs::programs(&["find"]) {
+fn full_a_million_files_need_few_descriptors_and_little_memory() {
+    if is_full() && sm_test_needs::programs(&["find"]) {
         let used = walk(1_000_000);
         assert!(used < 2000, "{used} descriptors");
     }

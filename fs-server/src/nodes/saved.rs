@@ -22,6 +22,7 @@ fn unused(generation: u32) -> Node {
         lookups: 0,
         children: 0,
         generation,
+        hash: 0,
         next: NONE,
         used: false,
     }
@@ -112,20 +113,23 @@ impl Nodes {
             self.slots
                 .resize_with(slot + 1, || unused(unused_generation));
         }
+        let identity = Identity {
+            device: saved.device,
+            inode: saved.inode,
+            born: saved.born,
+            kind: saved.kind,
+        };
+        let hash = self.secrets.hash(saved.share, &identity);
         let node = self.slots.get_mut(slot).filter(|node| !node.used)?;
         *node = Node {
             share: saved.share,
-            identity: Identity {
-                device: saved.device,
-                inode: saved.inode,
-                born: saved.born,
-                kind: saved.kind,
-            },
+            identity,
             parent: None,
             name: name.into_bytes_with_nul().into_boxed_slice(),
             lookups: saved.lookups,
             children: 0,
             generation: u32::try_from(saved.id >> 32).ok()?,
+            hash,
             next: NONE,
             used: true,
         };
