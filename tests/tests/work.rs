@@ -1,6 +1,10 @@
 //! Real programs on volumes, roots and directories of the host: databases whose VM is
 //! killed, builds, a web server.
-#![expect(clippy::expect_used, reason = "a failed expectation is a failed test")]
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a failed expectation is a failed test"
+)]
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
