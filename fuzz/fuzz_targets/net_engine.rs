@@ -88,7 +88,7 @@ fn frame(kind: u8, bytes: &[u8]) -> Vec<u8> {
         false => (config.guest_v4.into(), config.gateway_v4.into()),
     };
     let protocol = match kind & 7 {
-        1 | 2 | 3 => IpProtocol::TCP,
+        1..=3 => IpProtocol::TCP,
         4 | 5 => IpProtocol::UDP,
         _ if v6 => IpProtocol::ICMPV6,
         _ => IpProtocol::ICMP,

@@ -500,7 +500,7 @@ fn clones_are_proved_distinct_in_every_layer() {
         let proof = proof.exits(0).json();
         let told = proof["clones"].as_array().unwrap();
         assert_eq!(told.len(), 3);
-        for what in ["random", "uuid", "machine_id", "boot_id", "hostname"] {
+        for what in ["random", "uuid", "machine_id", "boot_id", "hostname", "mac"] {
             let values: BTreeSet<_> = told.iter().map(|c| c[what].as_str().unwrap()).collect();
             assert_eq!(values.len(), 3, "{name}: {what} of {told:?}");
             assert!(!values.contains(""), "{name}: {what}");

@@ -77,7 +77,7 @@ impl Snapshot {
     }
 
     /// Returns the directories and files of the host that the workload has mounted. To
-    /// continue it takes a [`Mount::host`](crate::Mount::host) for each, with the same target
+    /// continue it takes a [`Mount::host`](crate::volumes::Mount::host) for each, with the same target
     /// and any source: a snapshot is no right to files of the host.
     #[must_use]
     pub fn shares(&self) -> &[SavedShare] {

@@ -32,6 +32,13 @@ const VMGENID_WAIT_MS: u32 = 5000;
 /// Time limit for the end of the machine after a stream of it ended.
 const STREAM_END_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Returns a MAC address of an individual station that no vendor has given out (IEEE
+/// 802, section 8.4).
+fn local_mac() -> String {
+    let [a, b, c, d, e] = random::<5>();
+    format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}")
+}
+
 impl<G: GuestMachine> Supervisor<G> {
     /// Handles the connection of the agent, or the one to it.
     pub(super) fn agent_dialed(&mut self, stream: UnixStream) {
@@ -120,7 +127,7 @@ impl<G: GuestMachine> Supervisor<G> {
             hostname: self.request.config.workload.hostname.clone(),
             machine_id: hex(&random::<16>()),
             boot_id: uuid(),
-            mac: None,
+            mac: Some(local_mac()),
             vmgenid_wait_ms: match self.restored() {
                 None => 0,
                 Some(_) => VMGENID_WAIT_MS,
