@@ -41,7 +41,7 @@ pub enum MalformedMessage {
     /// It has no question, or several.
     #[error("the message has not exactly one question")]
     Questions,
-    /// A name is too long, or refers to itself.
+    /// A name is too long, or refers to one that is not before it.
     #[error("a name in the message is malformed")]
     Name,
 }
@@ -309,8 +309,15 @@ fn read_name(message: &[u8], start: usize) -> Result<(String, usize), MalformedM
                 }
                 at += 1 + usize::from(len);
             }
-            // A reference: the lower 14 bits are a position.
-            0xc0.. => at = usize::from(read_u16(message, at)? & 0x3fff),
+            // A reference: the lower 14 bits are the position of an earlier name (RFC 1035,
+            // section 4.1.4). So a question has none: it is the first name.
+            0xc0.. => {
+                let earlier = usize::from(read_u16(message, at)? & 0x3fff);
+                if !(DNS_HEADER..at).contains(&earlier) {
+                    return Err(MalformedMessage::Name);
+                }
+                at = earlier;
+            }
             _ => return Err(MalformedMessage::Name),
         }
     }

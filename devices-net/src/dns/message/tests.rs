@@ -179,6 +179,18 @@ fn refusals_repeat_the_question() {
     assert!(message.is_empty());
 }
 
+/// The name would not be a part of the question, which an answer must repeat.
+#[test]
+fn a_question_refers_to_no_other_part() {
+    let mut question = vec![0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    question.extend([0xc0, 18, 0, 1, 0, 1]);
+    question.extend(b"\x03own\x00");
+    assert_eq!(DnsQuestion::parse(&question), Err(MalformedMessage::Name));
+    // Nor to the header.
+    question[13] = 4;
+    assert_eq!(DnsQuestion::parse(&question), Err(MalformedMessage::Name));
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_read_or_refused(
