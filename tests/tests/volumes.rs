@@ -51,6 +51,17 @@ fn a_volume_outlives_its_vms() {
     assert_eq!(out, "kept\nrefused\n");
 }
 
+/// As with Docker, mount points are made although the root is read-only.
+#[test]
+fn a_volume_is_mounted_in_a_read_only_root() {
+    let home = Home::shared();
+    let volume = volume(home);
+    let data = format!("{}:/own/data", volume.1);
+    let script = "touch /own/data/x && echo written; touch /own/x || touch /x || ls /own/data";
+    let done = run(home, &["--read-only", "-v", &data], script).exits(0);
+    assert_eq!(done.out(), "written\nx\n");
+}
+
 #[test]
 fn a_volume_has_one_writer_or_several_readers() {
     let home = Home::shared();

@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{
-    CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, open, openat, openat2,
+    CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, mkdirat, open,
+    openat, openat2,
 };
 use rustix::io::Errno;
 use rustix::mount::{
@@ -76,14 +77,30 @@ pub(crate) fn perform(
         .map_err(|error| failed("join the workload's mount namespace", error))?;
     let root = open("/", OFlags::PATH | DIRECTORY, Mode::empty())
         .map_err(|error| failed("open the root", error.into()))?;
-    for (mount, tree) in mounts.iter().zip(trees) {
-        if mount.optional && directory(&root, Path::new(&mount.target)).is_err() {
-            continue;
+    let placed = || {
+        for (mount, tree) in mounts.iter().zip(&trees) {
+            if mount.optional && directory(&root, Path::new(&mount.target)).is_err() {
+                continue;
+            }
+            place(&root, mount, tree)
+                .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
         }
-        place(&root, mount, &tree)
-            .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
+        Ok(())
+    };
+    writable(&root, placed)
+        .map_err(|error| failed("change whether the root is read-only", error))?
+}
+
+/// Calls `place`, which may need mount points in a root that is read-only; no process of the
+/// workload runs yet.
+fn writable<T>(root: &OwnedFd, place: impl FnOnce() -> T) -> io::Result<T> {
+    if !fstatvfs(root)?.f_flag.contains(StatVfsMountFlags::RDONLY) {
+        return Ok(place());
     }
-    Ok(())
+    mount_remount("/", MountFlags::BIND, "")?;
+    let placed = place();
+    mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, "")?;
+    Ok(placed)
 }
 
 /// Returns the mount point of all shared directories.
