@@ -24,6 +24,15 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("\"{text}\" is too large"))
 }
 
+/// Parses a number of vCPUs. Docker writes whole numbers as fractions, too: `2.0`.
+pub(crate) fn parse_cpus(text: &str) -> Result<u32, String> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    match whole.parse() {
+        Ok(cpus) if fraction.bytes().all(|digit| digit == b'0') => Ok(cpus),
+        _ => Err("a VM has whole CPUs: give a number such as 2".to_owned()),
+    }
+}
+
 /// Reads a duration: `500ms`, `30s`, `2m`, `12h`; a number without a unit is in seconds.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let bad = || format!("\"{text}\" is not a time: write a number and ms, s, m or h, such as 30s");
@@ -144,6 +153,16 @@ pub(crate) fn read_label_file(path: &Path) -> anyhow::Result<Vec<(String, String
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cpus_are_whole() {
+        for (text, cpus) in [("1", 1), ("2.0", 2), ("16.", 16)] {
+            assert_eq!(parse_cpus(text), Ok(cpus), "{text}");
+        }
+        for text in ["0.5", "1.50", "", ".", "-1", "two", "1.x", "99999999999"] {
+            assert!(parse_cpus(text).unwrap_err().contains("whole"), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_are_read_and_written() {

@@ -12,7 +12,7 @@ use sm_runtime::{Publication, RootStorage};
 use super::life::LifeArgs;
 use super::privileges::PrivilegeArgs;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
-use crate::units::{self, parse_publish_wait, parse_size};
+use crate::units::{self, parse_cpus, parse_publish_wait, parse_size};
 
 /// Options of a command in a guest, either the workload or an exec.
 #[derive(Debug, Args)]
@@ -151,7 +151,7 @@ pub(crate) struct CreateArgs {
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
     /// Number of vCPUs [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_cpus)]
     pub(crate) cpus: Option<u32>,
     /// Guest kernel to boot
     #[arg(long, value_name = "PATH")]

@@ -82,13 +82,26 @@ pub(crate) fn perform(
             if mount.optional && directory(&root, Path::new(&mount.target)).is_err() {
                 continue;
             }
-            place(&root, mount, tree)
-                .map_err(|error| failed(&format!("mount {:?}", mount.target), error))?;
+            place(&root, mount, tree).map_err(|error| refusal(&mount.target, error))?;
         }
         Ok(())
     };
     writable(&root, placed)
         .map_err(|error| failed("change whether the root is read-only", error))?
+}
+
+/// A sentence about a file system that cannot be mounted on `target`.
+fn refusal(target: &str, error: io::Error) -> String {
+    match Errno::from_io_error(&error) {
+        Some(Errno::ISDIR) => {
+            format!("cannot mount a file on {target:?}: it is a directory in the image")
+        }
+        Some(Errno::NOTDIR) => format!(
+            "cannot mount a directory on {target:?}: it, or a part of its path, is a file in \
+             the image"
+        ),
+        _ => format!("cannot mount {target:?}: {error}"),
+    }
 }
 
 /// Calls `place`, which may need mount points in a root that is read-only; no process of the
