@@ -75,19 +75,37 @@ fn a_clone_returns_memory_that_its_snapshot_has() {
         sums
     };
     let clone = home.clone_of(&snapshot, "clone");
-    assert_eq!((sum(&clone, "a"), sum(&clone, "b")), (a, b.clone()));
+    assert_eq!((sum(&clone, "a"), sum(&clone, "b")), (a.clone(), b.clone()));
     // The same pages are written, and then freed.
     let write = "dd if=/dev/zero of=/t/a bs=1M count=60 conv=notrunc 2>/dev/null; md5sum /t/a";
-    clone.exec(&["sh", "-c", write]).exits(0);
+    let zeros = clone.exec(&["sh", "-c", write]).exits(0).out();
     let full = private(&clone);
     assert!(full > 60 * MIB, "{full}");
     clone.exec(&["rm", "/t/a"]).exits(0);
     until("the memory returns", || private(&clone) < full - 50 * MIB);
     assert_eq!(sum(&clone, "b"), b);
 
+    // A snapshot of it, in which they are zero, and a clone of that, which uses them again.
+    let second = unique("freed");
+    home.sm(&["snapshot", "create", &clone.name, &second])
+        .exits(0);
+    let stored = home.sm(&["snapshot", "inspect", &second]).exits(0).json();
+    let pages = stored["memory"]["data_pages"].as_u64().unwrap();
+    assert!(pages < 20 * MIB / 4096, "{stored}");
+    let next = home.clone_of(&second, "next");
+    assert_eq!(sum(&next, "b"), b);
+    next.exec(&["sh", "-c", "truncate -s 60M /t/a"]).exits(0);
+    assert_eq!(sum(&next, "a"), zeros);
+    drop(next);
+
+    // A reset brings back what the snapshot has.
+    home.sm(&["reset", &clone.name]).exits(0);
+    assert_eq!((sum(&clone, "a"), sum(&clone, "b")), (a, b));
     drop(clone);
-    let remove = || home.sm(&["snapshot", "rm", &snapshot]).code == Some(0);
-    until("its VM is gone", remove);
+    for name in [&second, &snapshot] {
+        let remove = || home.sm(&["snapshot", "rm", name]).code == Some(0);
+        until("its VMs are gone", remove);
+    }
 }
 
 #[test]
@@ -111,6 +129,12 @@ fn the_memory_of_a_running_vm_is_limited() {
     let error = update("63m").exits(1).err();
     assert!(error.contains("64 MiB"), "{error}");
 
+    // It is kept over a stop.
+    home.sm(&["stop", "-t", "0", &vm.name]).exits(0);
+    home.sm(&["start", &vm.name]).exits(0);
+    until("the balloon is large again", || {
+        balloon()["size"] == 128 * MIB
+    });
     update("256m").exits(0);
     until("the balloon is empty", || balloon()["size"] == 0);
     assert_eq!(free_total(&vm), all);
