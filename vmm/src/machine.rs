@@ -59,7 +59,8 @@ use super::serving::{ListenerDeps, Published};
 use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
 
-/// MAC address of the network device of a machine without a network.
+/// MAC address of the network device when the machine is made. The agent sets another one,
+/// which is no other machine's, with the guest's identity.
 const MAC: [u8; 6] = [2, 0x73, 0x6d, 0, 0, 1];
 
 /// A running machine with its devices and frontends.
