@@ -187,8 +187,8 @@ fn volumes_of_an_image_are_anonymous_disks() {
         .exits(0);
     assert_eq!(
         shown.out(),
-        "[\"/v7\",\"/v8\"]\n",
-        "and none that hides the guest's own"
+        "[\"/sys/fs/cgroup\",\"/v7\",\"/v8\"]\n",
+        "those beyond the number of disks, and none hides the guest's own"
     );
     let shown = home
         .sm(&["inspect", "-f", "{{json .mounts}}", &name])
