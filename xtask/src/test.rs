@@ -21,7 +21,7 @@ use crate::lab::{self, JobOutput, Lab, LabJob};
 use crate::{bench_restore, cmd, fidelity, fixtures, host, kernel, stock};
 
 /// Programs with which unit and property tests compare results, and a compiler.
-pub(crate) const UNIT_PACKAGES: [&str; 15] = [
+pub(crate) const UNIT_PACKAGES: [&str; 17] = [
     "acpica-tools",
     "containerd",
     "curl",
@@ -31,6 +31,8 @@ pub(crate) const UNIT_PACKAGES: [&str; 15] = [
     "e2fsprogs",
     "erofs-utils",
     "git",
+    "iproute2",
+    "iputils-ping",
     "openssl",
     "podman",
     "python3",
