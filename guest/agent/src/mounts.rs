@@ -94,11 +94,11 @@ pub(crate) fn perform(
 fn refusal(target: &str, error: io::Error) -> String {
     match Errno::from_io_error(&error) {
         Some(Errno::ISDIR) => {
-            format!("cannot mount a file on {target:?}: it is a directory in the image")
+            format!("cannot mount {target:?}: the source is a file, and a directory is there")
         }
         Some(Errno::NOTDIR) => format!(
-            "cannot mount a directory on {target:?}: it, or a part of its path, is a file in \
-             the image"
+            "cannot mount {target:?}: the source is a directory, and a file is there, or in \
+             its path"
         ),
         _ => format!("cannot mount {target:?}: {error}"),
     }
