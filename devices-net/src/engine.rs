@@ -15,7 +15,7 @@
 //! | `dns` | the guest's name server |
 //! | `fragments` | packets that come in parts |
 //! | `output`, `answers` | frames for the guest |
-//! | `store`, `table`, `order`, `sequence` | bytes, flows and turns |
+//! | `store`, `table`, `sequence` | bytes and flows |
 //!
 //! Architecture invariants: memory is bounded by [`EngineLimits`], whatever guest and peers
 //! do; once flows have reached their number, a packet allocates nothing; the guest's headers
@@ -30,7 +30,6 @@ mod egress;
 mod flow;
 mod fragments;
 mod link;
-mod order;
 mod output;
 mod sequence;
 mod socket;

@@ -15,7 +15,7 @@
 //! | `connection` | one connection: protocol, states, shutdown, the event that it awaits |
 //! | `muxer` | the table of connections, their listeners, and their deadlines (`timers`) |
 //! | `credit`, `allowance`, `backlog` | arithmetic of credit, sizes of windows, stored bytes |
-//! | `ready`, `inbox`, `host`, `packet` | order of service, requests of other threads, host sockets, headers |
+//! | `inbox`, `host`, `packet` | requests of other threads, host sockets, headers |
 //! | `handle`, `group` | the interface for host code; limits on connections |
 //! | `config`, `stats`, `profile`, `saved` | limits and timeouts, counters, profiling, saved state |
 #![warn(missing_docs)]
@@ -37,7 +37,6 @@ mod inbox;
 mod muxer;
 mod packet;
 mod profile;
-mod ready;
 mod saved;
 mod stats;
 mod sync;

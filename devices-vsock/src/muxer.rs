@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sm_event_loop::{Interest, Registered, Registry};
+use sm_event_loop::{Interest, Registered, Registry, SlotQueue};
 
 use crate::allowance::Allowance;
 use crate::backlog::ChunkPool;
@@ -20,7 +20,6 @@ use crate::handle::{
 use crate::host::HostSocket;
 use crate::packet::{Header, TYPE_SEQPACKET};
 use crate::profile::ProfileStage;
-use crate::ready::Ready;
 
 pub(crate) use self::timers::{DEADLINE, RETRIES};
 
@@ -52,7 +51,7 @@ pub(crate) struct Muxer {
     /// again.
     by_key: HashMap<Key, u32>,
     /// Connections that need a receive buffer, in the order of service.
-    pub(crate) ready: Ready,
+    pub(crate) ready: SlotQueue,
     pub(crate) resets: VecDeque<StrayReset>,
     listeners: HashMap<Option<u32>, Listener>,
     pub(crate) pool: ChunkPool,
@@ -70,7 +69,7 @@ impl Muxer {
             connections: Vec::new(),
             free: Vec::new(),
             by_key: HashMap::new(),
-            ready: Ready::default(),
+            ready: SlotQueue::default(),
             resets: VecDeque::with_capacity(MAX_RESETS),
             listeners: HashMap::new(),
             pool: ChunkPool::default(),
@@ -412,7 +411,7 @@ impl Muxer {
             }
             self.free.clear();
             self.by_key.clear();
-            self.ready = Ready::default();
+            self.ready = SlotQueue::default();
             self.pool = ChunkPool::default();
             self.allowance = Allowance::new(&self.config);
             self.count();

@@ -10,8 +10,9 @@
 //!
 //! [`Reactor`] is the part below handlers: a program of one thread, such as the guest
 //! agent, waits by it and calls its own code. It is made of [`Deadlines`] and a [`Slab`], a
-//! table whose keys carry a generation; both can be used on their own. The feature
-//! `thread`, which is on by default, adds the thread, handlers and what they need.
+//! table whose keys carry a generation; both can be used on their own, as can the
+//! [`SlotQueue`], in which slots wait for their turn. The feature `thread`, which is on by
+//! default, adds the thread, handlers and what they need.
 //!
 //! The loop waits by means of `event-manager` (Linux's epoll); a host without epoll gets
 //! another implementation of the same few calls. [`Registry`] is a trait: another loop
@@ -93,6 +94,7 @@ mod registration;
 #[cfg(feature = "thread")]
 mod registry;
 mod slab;
+mod slots;
 #[cfg(feature = "thread")]
 mod table;
 #[cfg(any(all(test, feature = "thread"), feature = "testing"))]
@@ -116,6 +118,7 @@ pub use self::registration::{Ready, Registration};
 #[cfg(feature = "thread")]
 pub use self::registry::{Descriptor, Reclaimed, Reclaimer, Registry, RegistryFd};
 pub use self::slab::{Key, Slab};
+pub use self::slots::SlotQueue;
 #[cfg(feature = "thread")]
 pub use self::table::HandlerId;
 #[cfg(feature = "thread")]

@@ -16,11 +16,10 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use sm_event_loop::{Interest, Registered, Registry, Timer};
+use sm_event_loop::{Interest, Registered, Registry, SlotQueue, Timer};
 
 use super::flow::{DNS_PORT, FlowKey, TokenKind, token};
 use super::link::{GuestFrame, LinkFull};
-use super::order::SlotQueue;
 use super::output::Output;
 use super::socket;
 use super::turn::Turn;

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::sockopt;
-use sm_event_loop::{Interest, Registry};
+use sm_event_loop::{Interest, Registry, SlotQueue};
 
 use self::control::{Control, Effect, Phase};
 use self::flow::TcpFlow;
@@ -28,7 +28,6 @@ use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{FlowKey, TokenKind, token};
 use super::link::GuestFrame;
-use super::order::SlotQueue;
 use super::output::largest_segment;
 use super::socket::{self, Failure};
 use super::store::ChunkStore;

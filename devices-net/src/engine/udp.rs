@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use sm_event_loop::{Interest, Readiness, Registered, Registry, Timer};
+use sm_event_loop::{Interest, Readiness, Registered, Registry, SlotQueue, Timer};
 
 use super::answers::Answers;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{FlowKey, TokenKind, token};
 use super::link::{GuestFrame, LinkFull};
-use super::order::SlotQueue;
 use super::output::Output;
 use super::socket::{self, Failure};
 use super::table::{FlowTable, Keyed};
