@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 
+use rustix::io::Errno;
 use rustix::net::SendFlags;
 use sm_virtio::iov::{self, MAX_SPANS};
 use sm_virtio::queue::Span;
@@ -79,9 +80,19 @@ impl GuestFrame for NetFrame<'_> {
         let window = window.take(u32::try_from(len).unwrap_or(u32::MAX));
         let mut spans = [NO_SPAN; MAX_SPANS];
         let mut count = 0;
-        for (slot, span) in spans.iter_mut().zip(window.spans()) {
+        // Empty descriptors take no room.
+        let mut pieces = window.spans().filter(|span| span.len > 0);
+        for (slot, span) in spans.iter_mut().zip(pieces.by_ref()) {
             *slot = span;
             count += 1;
+        }
+        if pieces.next().is_some() {
+            // More pieces than any driver uses. A datagram has to be sent in one call.
+            let mut bytes = vec![0; window.len() as usize];
+            if !window.copy_out(self.memory, &mut bytes) {
+                return Err(Errno::FAULT.into());
+            }
+            return bytes.as_slice().send(0, bytes.len(), socket);
         }
         loop {
             match iov::send(self.memory, &spans[..count], socket) {
@@ -172,5 +183,47 @@ impl GuestLink for RingLink<'_, '_> {
         }
         buffers.deliver(header, len);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+    use std::os::unix::net::UnixDatagram;
+
+    use sm_virtio::GuestMemory;
+    use sm_virtio::iov::Window;
+    use vm_memory::Bytes as _;
+
+    use super::*;
+
+    /// A ring has twice as many descriptors as one call takes.
+    #[test]
+    fn a_frame_in_many_descriptors_is_sent_in_one_piece() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+        let bytes: Vec<u8> = (0..=250).cycle().take(1000).collect();
+        memory.write_slice(&bytes, GuestAddress(0)).unwrap();
+        let piece = |start: usize, len: usize| Span {
+            address: GuestAddress(start as u64),
+            len: u32::try_from(len).unwrap(),
+        };
+        let mut empty = vec![piece(0, 100)];
+        empty.extend([NO_SPAN; MAX_SPANS]);
+        empty.push(piece(100, 900));
+        let small = (0..250).map(|number| piece(4 * number, 4)).collect();
+        for spans in [empty, small] {
+            let frame = NetFrame {
+                header: NetHeader::default(),
+                bytes: Window::new(&spans, 0, u32::MAX),
+                memory: &memory,
+            };
+            assert_eq!(frame.len(), bytes.len());
+            let (near, far) = UnixDatagram::pair().unwrap();
+            let sent = frame.send(10, 900, near.as_fd());
+            assert_eq!(sent.unwrap(), 900);
+            let mut received = [0; 1000];
+            assert_eq!(far.recv(&mut received).unwrap(), 900);
+            assert!(received[..900] == bytes[10..910]);
+        }
     }
 }

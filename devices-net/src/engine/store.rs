@@ -281,7 +281,7 @@ impl ByteQueue {
     /// Appends the chunks that a read has filled, and releases the others.
     fn append_read(&mut self, store: &mut ChunkStore, indices: &[u32], read: u32) {
         let mut left = read;
-        for &index in indices {
+        for (position, &index) in indices.iter().enumerate() {
             if index == self.last {
                 let now = left.min(LEN - self.end);
                 self.end += now;
@@ -291,7 +291,8 @@ impl ByteQueue {
                 self.end = left.min(LEN);
                 left -= self.end;
             } else {
-                self.release(store, index);
+                // Only the first chunk of an empty queue was the reserved one.
+                self.release(store, index, position == 0);
             }
         }
         self.len += read;
@@ -308,10 +309,11 @@ impl ByteQueue {
         chunk
     }
 
-    /// Releases a chunk that is not in the queue any more.
-    fn release(&self, store: &mut ChunkStore, chunk: u32) {
+    /// Releases a chunk that is not in the queue; the first one of an empty queue is reserved
+    /// again.
+    fn release(&self, store: &mut ChunkStore, chunk: u32, is_first: bool) {
         store.release(chunk);
-        store.reserved += u32::from(self.has_reservation && self.last == NONE);
+        store.reserved += u32::from(is_first && self.has_reservation && self.last == NONE);
     }
 
     fn append_chunk(&mut self, store: &mut ChunkStore) -> bool {
@@ -335,7 +337,7 @@ impl ByteQueue {
         if self.len == 0 && self.last != NONE {
             let chunk = self.last;
             self.empty();
-            self.release(store, chunk);
+            self.release(store, chunk, true);
         }
     }
 
@@ -405,10 +407,10 @@ impl ByteQueue {
             let chunk = self.first;
             if is_last {
                 self.empty();
-                return self.release(store, chunk);
+                return self.release(store, chunk, true);
             }
             (self.first, self.start) = (store.next(chunk), 0);
-            self.release(store, chunk);
+            self.release(store, chunk, false);
         }
     }
 

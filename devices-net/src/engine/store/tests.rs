@@ -173,3 +173,21 @@ fn a_frame_that_cannot_be_read_leaves_no_chunk() {
     assert_eq!(queue.push(&mut store, &&[1, 2][..], 0, 3), 0);
     assert_eq!((queue.len(), store.used), (0, 0));
 }
+
+/// A peer that closes an idle connection: the read of all the room finds no byte.
+#[test]
+fn a_read_of_nothing_returns_one_reservation() {
+    let mut store = ChunkStore::new(1 << 20);
+    let (near, far) = UnixStream::pair().unwrap();
+    far.set_nonblocking(true).unwrap();
+    let mut queue = store.reserve().unwrap();
+    let nothing = queue.read(&mut store, far.as_fd(), 64 << 10).unwrap_err();
+    assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+    assert_eq!((store.used, store.reserved), (0, 1));
+    drop(near);
+    let end = queue.read(&mut store, far.as_fd(), 64 << 10).unwrap();
+    assert_eq!(end, (0, true));
+    assert_eq!((store.used, store.reserved), (0, 1));
+    store.remove(queue);
+    assert_eq!((store.used, store.reserved), (0, 0));
+}

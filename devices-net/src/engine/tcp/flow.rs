@@ -167,6 +167,8 @@ impl TcpFlow {
         while self.to_host.is_empty() && done < len {
             let (at, rest) = (offset + done as usize, (len - done) as usize);
             match frame.send(at, rest, self.socket.as_fd()) {
+                // A socket that takes nothing is one that is full: this must end.
+                Ok(0) => break,
                 // At most `rest`.
                 Ok(sent) => done += u32::try_from(sent).unwrap_or(0),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
