@@ -1,8 +1,10 @@
 //! Failures and the exit statuses of `sm`.
 
 use std::fmt;
+use std::io;
 
 use sm_runtime::image::ImageError;
+use sm_runtime::volumes::VolumeError;
 use sm_runtime::workload::WorkloadError;
 use sm_runtime::{
     AgentError, Error, FailureCause, KernelError, OptionError, RecordError, Refusal, StartError,
@@ -42,6 +44,17 @@ impl Failure {
                 Some(Error::Kernel(error)) => return hint_of_kernel(error),
                 Some(Error::Agent(error)) => return hint_of_agent(error),
                 Some(Error::Image(error)) => return hint_of_image(error),
+                Some(Error::File {
+                    operation: "mount",
+                    path,
+                    source,
+                }) if source.kind() == io::ErrorKind::NotFound => {
+                    let path = path.display();
+                    return Some(format!("create it, for instance with \"mkdir {path}\""));
+                }
+                Some(Error::Volume(VolumeError::BadName(name))) if name.contains('/') => {
+                    return Some(format!("a path of the host is written as \"./{name}\""));
+                }
                 Some(Error::Option(OptionError::Fixed(_))) => {
                     return Some("leave it out".to_owned());
                 }
@@ -211,6 +224,16 @@ mod tests {
         };
         let text = Failure::from(Error::from(failed)).to_string();
         assert!(text.ends_with("start without it (--cold)"), "{text}");
+        let missing = Error::File {
+            operation: "mount",
+            path: "/srv/none".into(),
+            source: io::ErrorKind::NotFound.into(),
+        };
+        let text = Failure::from(missing).to_string();
+        assert!(text.ends_with("with \"mkdir /srv/none\""), "{text}");
+        let relative = Error::from(VolumeError::BadName("some/directory".to_owned()));
+        let text = Failure::from(relative).to_string();
+        assert!(text.ends_with("written as \"./some/directory\""), "{text}");
         let none = Error::from(WorkloadError::NoCommand);
         let text = Failure::from(none).to_string();
         assert!(

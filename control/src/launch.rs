@@ -353,7 +353,7 @@ pub struct SnapshotReport {
     pub frozen_us: u64,
     /// Time for which the vCPUs were paused, in microseconds.
     pub paused_us: u64,
-    /// What clones cannot have; sentences.
+    /// Sentences about parts of the VM that clones cannot have.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }

@@ -120,7 +120,7 @@ fn a_restored_session_watches_what_its_guest_knows() {
     second.reset();
 }
 
-/// What a program in the guest is notified of.
+/// A program in the guest that is notified of changes.
 struct Watcher(std::os::fd::OwnedFd);
 
 impl Watcher {

@@ -178,12 +178,12 @@ fn prove_distinct(
         if proof.is_distinct() {
             let worst = proof.clones.iter().map(|c| c.clock_error_ns).max();
             printer.line(format_args!(
-                "{count} clones of \"{name}\", {} at the same time: getrandom, uuid, machine-id, boot_id, epoch and \
-                 hostname{} differ in all; no clock is more than {} ms off",
+                "{count} clones of \"{name}\", {} at the same time: getrandom, uuid, machine-id, boot_id, \
+                 epoch{} differ in all; no clock is more than {} ms off",
                 proof.at_once,
                 match proof.clones.iter().all(|c| c.identity_report.mac.is_some()) {
-                    true => ", and MAC,",
-                    false => " (there is no network interface)",
+                    true => ", hostname and MAC",
+                    false => " and hostname (there is no network interface)",
                 },
                 worst.unwrap_or(0).div_ceil(1_000_000)
             ));

@@ -220,7 +220,7 @@ pub struct Forked {
     pub vms: Vec<Vm>,
     /// The cause, if there are fewer than requested.
     pub error: Option<Error>,
-    /// What the clones cannot have of the VM; sentences.
+    /// Sentences about parts of the VM that the clones cannot have.
     pub warnings: Vec<String>,
 }
 

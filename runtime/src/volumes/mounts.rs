@@ -185,7 +185,12 @@ impl Mount {
         let (name, target, options) = match parts[..] {
             [target] => (None, target, ""),
             [name, target] if target.starts_with('/') => (Some(name), target, ""),
-            [target, options] => (None, target, options),
+            [target, options] if target.starts_with('/') => (None, target, options),
+            [_, target] => {
+                return Err(format!(
+                    "\"{target}\" is no option of this mount, and no target, which begins with \"/\""
+                ));
+            }
             [name, target, options] => (Some(name), target, options),
             _ => {
                 return Err(format!(

@@ -159,7 +159,7 @@ pub(super) struct SnapshotJob {
     pub(super) plan: SnapshotPlan,
     pub(super) requested_at: Instant,
     pub(super) frozen_us: u64,
-    /// What clones cannot have; a sentence.
+    /// A sentence about a part of the VM that clones cannot have.
     pub(super) warning: Option<String>,
 }
 

@@ -236,7 +236,7 @@ fn compare(
     Ok(())
 }
 
-/// Where the requests of a round are.
+/// Returns the offsets of the requests of a round.
 fn offsets(access: DiskAccess, bytes: u32, scatter: &mut Scatter) -> impl Iterator<Item = u64> {
     let bytes = u64::from(bytes);
     let is_anywhere = bytes < 1 << 20 && access != DiskAccess::AppendFlushed;

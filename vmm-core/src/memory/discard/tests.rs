@@ -169,7 +169,7 @@ fn a_guest_cannot_use_up_the_mappings_of_the_process() {
     }
     assert_eq!(memory.discarded().runs(), [(8, 1), (10, 1), (12, 1)]);
     assert_eq!((read(&memory, 12), read(&memory, 14)), (0, 99), "kept");
-    // What was discarded before needs no further mapping.
+    // Pages that were discarded before need no further mapping.
     write(&memory, 8, 99);
     assert_eq!(discard(&memory, 8, 1), 1);
     assert_eq!(read(&memory, 8), 0);

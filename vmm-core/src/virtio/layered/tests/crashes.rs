@@ -58,7 +58,7 @@ struct Value {
     synced: Option<usize>,
 }
 
-/// What the guest may expect after a power cut.
+/// The contents that the guest may expect after a power cut.
 #[derive(Default)]
 struct Expected {
     files: BTreeMap<u64, Synced>,
