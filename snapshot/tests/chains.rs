@@ -5,51 +5,30 @@
     reason = "a failed expectation is a failed test"
 )]
 
-use std::collections::BTreeMap;
+mod common;
+
 use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
 use sm_snapshot::Error;
-use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::capture::{Ancestry, Capture};
 use sm_snapshot::chain::{Chain, MAX_DEPTH, MAX_PIECES};
 use sm_snapshot::contents::{self, Difference};
 use sm_snapshot::extents::ExtentKind;
 use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
-use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 use vm_memory::{Bytes as _, GuestAddress};
 
+use self::common::{description, sections};
+
 const PAGE: u64 = 4096;
-
-fn description() -> Description {
-    Description {
-        layer: Layer::Base,
-        sm_version: "test".into(),
-        machine_version: 1,
-        vcpus: 1,
-        kernel: "k".into(),
-        agent: "a".into(),
-        cpu: sm_snapshot::cpu::CpuFeatures::default(),
-        protocol: 1,
-        devices: Vec::new(),
-        labels: BTreeMap::new(),
-    }
-}
-
-fn sections(text: &str) -> Vec<Section> {
-    vec![Section {
-        name: "machine".into(),
-        version: 1,
-        payload: text.as_bytes().to_vec(),
-    }]
-}
 
 fn store() -> (tempfile::TempDir, SnapshotStore) {
     let dir = tempfile::tempdir().unwrap();
@@ -58,10 +37,7 @@ fn store() -> (tempfile::TempDir, SnapshotStore) {
 }
 
 fn capture(store: &SnapshotStore, name: &str, memory: &MachineMemory, ancestry: Ancestry<'_>) {
-    Capture::begin(store, memory, ancestry)
-        .unwrap()
-        .finish(store, name, description(), sections(name))
-        .unwrap();
+    common::capture(store, name, memory, ancestry, Layer::Base);
 }
 
 fn write(memory: &MachineMemory, page: u64, value: u64) {
@@ -178,7 +154,7 @@ fn further_files_are_part_of_a_flat_copy() {
         .unwrap();
     let sections = sections("tip");
     begun
-        .finish(&store, "tip", description(), sections)
+        .finish(&store, "tip", description(Layer::Base), sections)
         .unwrap();
     let chain = Chain::open(&store, "tip").unwrap();
     flat::flatten_to(&store, &chain, "flat").unwrap();

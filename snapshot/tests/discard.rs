@@ -2,16 +2,15 @@
 //! and in the snapshots of these.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-use std::collections::BTreeMap;
+mod common;
 
-use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::capture::Ancestry;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::extents::ExtentKind;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::pagemap::Pagemap;
 use sm_snapshot::restore::map_memory;
 use sm_snapshot::runs::Run;
-use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::{ChainPages, Pager, page_in};
 use sm_snapshot::verify::verify;
@@ -110,27 +109,7 @@ fn store() -> (tempfile::TempDir, SnapshotStore) {
 }
 
 fn capture(store: &SnapshotStore, name: &str, memory: &MachineMemory, ancestry: Ancestry<'_>) {
-    let description = Description {
-        layer: Layer::Base,
-        sm_version: "test".into(),
-        machine_version: 1,
-        vcpus: 1,
-        kernel: "k".into(),
-        agent: "a".into(),
-        cpu: sm_snapshot::cpu::CpuFeatures::default(),
-        protocol: 1,
-        devices: Vec::new(),
-        labels: BTreeMap::new(),
-    };
-    let state = vec![Section {
-        name: "machine".into(),
-        version: 1,
-        payload: name.into(),
-    }];
-    Capture::begin(store, memory, ancestry)
-        .unwrap()
-        .finish(store, name, description, state)
-        .unwrap();
+    common::capture(store, name, memory, ancestry, Layer::Base);
 }
 
 /// A snapshot of a booted machine.

@@ -5,24 +5,26 @@
 //! Each test runs itself again under `unshare` with a small tmpfs.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
-use std::collections::BTreeMap;
+mod common;
+
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sm_snapshot::Error;
-use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::capture::{Ancestry, Capture};
 use sm_snapshot::chain::Chain;
 use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
-use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
 use sm_snapshot::working_set::WorkingSet;
 use sm_vmm_core::memory::{MIN_MEMORY, MachineMemory, MemoryConfig};
 use vm_memory::{Bytes as _, GuestAddress};
+
+use self::common::{description, sections};
 
 const OWN: &str = "SM_TEST_OWN_DISK";
 const PAGE: u64 = 4096;
@@ -104,21 +106,6 @@ fn with_causes(error: &Error) -> String {
     text
 }
 
-fn description() -> Description {
-    Description {
-        layer: Layer::Base,
-        sm_version: "test".into(),
-        machine_version: 1,
-        vcpus: 1,
-        kernel: "k".into(),
-        agent: "a".into(),
-        cpu: sm_snapshot::cpu::CpuFeatures::default(),
-        protocol: 1,
-        devices: Vec::new(),
-        labels: BTreeMap::new(),
-    }
-}
-
 fn capture(
     store: &SnapshotStore,
     name: &str,
@@ -126,12 +113,13 @@ fn capture(
     ancestry: Ancestry<'_>,
 ) -> Result<(), Error> {
     // The state also needs several pages.
-    let state = vec![Section {
-        name: "machine".into(),
-        version: 1,
-        payload: vec![7; 20_000],
-    }];
-    Capture::begin(store, memory, ancestry)?.finish(store, name, description(), state)?;
+    let state = sections([7; 20_000]);
+    Capture::begin(store, memory, ancestry)?.finish(
+        store,
+        name,
+        description(Layer::Base),
+        state,
+    )?;
     Ok(())
 }
 

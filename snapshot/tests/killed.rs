@@ -2,18 +2,19 @@
 //! snapshots: the next process finds all listed snapshots intact, and no remains.
 #![allow(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use sm_snapshot::capture::{Ancestry, Capture, Description};
+use sm_snapshot::capture::Ancestry;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::flat;
 use sm_snapshot::manifest::Layer;
 use sm_snapshot::restore::map_memory;
-use sm_snapshot::state_file::Section;
 use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::verify::verify;
 use sm_snapshot::working_set::WorkingSet;
@@ -28,27 +29,7 @@ const VICTIM: &str = "SM_TEST_VICTIM";
 const PAGE: u64 = 4096;
 
 fn capture(store: &SnapshotStore, name: &str, memory: &MachineMemory, ancestry: Ancestry<'_>) {
-    let description = Description {
-        layer: Layer::App,
-        sm_version: "test".into(),
-        machine_version: 1,
-        vcpus: 1,
-        kernel: "k".into(),
-        agent: "a".into(),
-        cpu: sm_snapshot::cpu::CpuFeatures::default(),
-        protocol: 1,
-        devices: Vec::new(),
-        labels: BTreeMap::new(),
-    };
-    let state = vec![Section {
-        name: "machine".into(),
-        version: 1,
-        payload: name.into(),
-    }];
-    Capture::begin(store, memory, ancestry)
-        .unwrap()
-        .finish(store, name, description, state)
-        .unwrap();
+    common::capture(store, name, memory, ancestry, Layer::App);
 }
 
 fn write(memory: &MachineMemory, page: u64, value: u64) {

@@ -35,11 +35,7 @@ fn pulled_images_are_pushed_byte_for_byte() {
         return;
     }
     let registry = Registry::open();
-    let ok = |arguments: &[&str]| {
-        let output = registry.sm(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    };
+    let ok = |arguments: &[&str]| registry.ok(arguments);
     let image = registry.image();
     let original = digest(&registry, "team/app:v1");
     assert_eq!(ok(&["pull", "--quiet", &image]), original);
@@ -90,11 +86,7 @@ fn an_image_without_a_manifest_is_pushed_with_a_new_one() {
         .status();
     assert!(made.unwrap().success());
     let name = format!("{}/imported:latest", registry.address);
-    let ok = |arguments: &[&str]| {
-        let output = registry.sm(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    };
+    let ok = |arguments: &[&str]| registry.ok(arguments);
     ok(&[
         "import",
         "--change",
@@ -136,11 +128,7 @@ fn committed_images_keep_the_layers_of_their_base() {
         return;
     }
     let registry = Registry::open();
-    let ok = |arguments: &[&str]| {
-        let output = registry.sm(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    };
+    let ok = |arguments: &[&str]| registry.ok(arguments);
     let base = ok(&["pull", "--quiet", &registry.image()]);
     let of_base = layers(&registry, "team/app:v1");
 

@@ -132,6 +132,14 @@ impl Registry {
         self.sm_with(arguments, &[])
     }
 
+    /// Runs `sm`, which must succeed, and returns its output.
+    #[track_caller]
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.sm(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
     /// Like [`Self::sm`], with environment variables.
     pub(crate) fn sm_with(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_sm"))
