@@ -24,6 +24,9 @@ pub const TOUCH: (i64, u32) = (-1_000_000_007_001, 736_687_623);
 pub const MAX_WATCHES: usize = 8192;
 /// Maximum number of changes that are stored; more are those of whole shares.
 const MAX_CHANGES: usize = 4096;
+/// Maximum length of a path in bytes: that of Linux (`PATH_MAX`), without its end. A guest can
+/// make directories of any depth, but cannot open a longer path to be notified of it.
+const MAX_PATH: usize = 4095;
 
 const MASK: WatchFlags = WatchFlags::MODIFY
     .union(WatchFlags::ATTRIB)
@@ -225,7 +228,9 @@ impl WatchTable {
                 path.push(b'/');
             }
             path.extend_from_slice(name);
-            self.add(share.clone(), path, events.contains(ReadFlags::ISDIR));
+            if path.len() <= MAX_PATH {
+                self.add(share.clone(), path, events.contains(ReadFlags::ISDIR));
+            }
         }
         if events.intersects(entries) {
             self.add(share, path, true);
@@ -263,16 +268,17 @@ impl WatchTable {
     }
 
     /// Returns the share of a directory, and its path there, if all directories above it are
-    /// watched.
+    /// watched and the path is not too long.
     fn path(&self, node: u64) -> Option<(&WatchedShare, Vec<u8>)> {
         let share = self.directories.get(&node)?.share;
         let mut names: Vec<&[u8]> = Vec::new();
-        let mut at = node;
+        let (mut at, mut len) = (node, 0);
         while let Some((parent, name)) = &self.directories.get(&at)?.place {
             names.push(name);
             at = *parent;
-            // Places that contradict each other.
-            if names.len() > MAX_WATCHES {
+            len += name.len() + 1;
+            // Also for places that contradict each other. The last name has no slash.
+            if len > MAX_PATH + 1 {
                 return None;
             }
         }

@@ -12,7 +12,9 @@ use std::sync::Arc;
 
 use common::directory;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, mkdirat, openat, utimensat,
+};
 use rustix::io::Errno;
 use sm_fs_server::dev_fuse::DevFuse;
 use sm_fs_server::testing::{FuseDriver, ROOT};
@@ -103,6 +105,36 @@ fn watches_and_changes_are_bounded() {
     assert!(seen.iter().any(|changes| *changes == ["/"]), "{seen:?}");
     assert!(seen.iter().all(|changes| changes.len() <= 4096));
     assert!(seen.last().is_some_and(Vec::is_empty), "{seen:?}");
+}
+
+/// A guest can make directories of any depth: each of its changes there would store a path of
+/// megabytes.
+#[test]
+fn no_path_is_longer_than_a_guest_can_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let (server, watches) = server(folder.path());
+    let mut driver = FuseDriver::started(server);
+    let mut node = driver.lookup(ROOT, "s").unwrap().node;
+    let name = "d".repeat(255);
+    let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut at = openat(CWD, folder.path(), flags, Mode::empty()).unwrap();
+    for depth in 1..20 {
+        mkdirat(&at, &*name, Mode::RWXU).unwrap();
+        node = driver.lookup(node, &name).unwrap().node;
+        at = openat(&at, &*name, flags, Mode::empty()).unwrap();
+        taken(&watches);
+        let file = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+        openat(&at, "f", file, Mode::RUSR).unwrap();
+        let changes = watches.take(usize::MAX);
+        assert!(changes.iter().all(|change| change.path.len() < 4096));
+        let expected = match depth {
+            ..16 => 2,
+            // The directory's path is short enough, that of the file is not.
+            16 => 1,
+            _ => 0,
+        };
+        assert_eq!(changes.len(), expected, "{depth}");
+    }
 }
 
 #[test]
