@@ -500,8 +500,9 @@ impl<G: GuestMachine> Supervisor<G> {
 
     /// Returns true if a timer shows that the workload is about to end.
     fn is_about_to_end(&self) -> bool {
+        let goes_on = [SupervisorTimer::Space, SupervisorTimer::HostChanges];
         let mut timers = self.timers.iter();
-        timers.any(|(timer, _)| timer.is_of_guest() && *timer != SupervisorTimer::Space)
+        timers.any(|(timer, _)| timer.is_of_guest() && !goes_on.contains(timer))
     }
 
     fn next_deadline(&self) -> Option<Instant> {

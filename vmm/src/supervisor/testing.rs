@@ -227,6 +227,8 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         paused: Mutex::new(false),
         space: Mutex::new(true),
         full: Mutex::new(false),
+        changes: Mutex::new(Vec::new()),
+        changed: eventfd(0, EventfdFlags::CLOEXEC).unwrap(),
         merges: Mutex::new(0),
         limits: Mutex::new(Vec::new()),
         console: Mutex::new(String::new()),

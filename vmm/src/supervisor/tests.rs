@@ -6,6 +6,7 @@ mod ends;
 mod ephemeral;
 mod health;
 mod held;
+mod host_changes;
 mod hostile;
 mod input_output;
 mod memory;

@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
 use sm_control::launch::{BalloonReport, SnapshotReport};
+use sm_devices_fs::HostChange;
 use sm_snapshot::manifest::Layer;
 
 use crate::guest::{
@@ -35,6 +36,9 @@ pub(crate) struct FakeState {
     pub(crate) full: Mutex<bool>,
     /// Each limit of its memory.
     pub(crate) limits: Mutex<Vec<Option<u64>>>,
+    /// The host's changes of files, and a descriptor that is readable when there are some.
+    pub(crate) changes: Mutex<Vec<HostChange>>,
+    pub(super) changed: OwnedFd,
     /// Number of merges.
     pub(crate) merges: Mutex<u32>,
     pub(crate) console: Mutex<String>,
@@ -61,6 +65,18 @@ impl FakeState {
     pub(crate) fn end(&self, end: GuestEnd) {
         self.end.lock().unwrap().get_or_insert(end);
         rustix::io::write(&self.ended, &1u64.to_ne_bytes()).unwrap();
+    }
+}
+
+#[cfg(test)]
+impl FakeState {
+    /// Changes a file of the host.
+    pub(crate) fn change(&self, path: &str) {
+        let mut change = HostChange::default();
+        change.share = b"0".to_vec();
+        change.path = path.as_bytes().to_vec();
+        self.changes.lock().unwrap().push(change);
+        rustix::io::write(&self.changed, &1u64.to_ne_bytes()).unwrap();
     }
 }
 
@@ -145,6 +161,13 @@ impl GuestMachine for FakeGuest {
             target: limits.last().copied().flatten().unwrap_or(0),
             ..BalloonReport::default()
         })
+    }
+    fn host_changes(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.state.changed.as_fd())
+    }
+    fn take_host_changes(&self, _limit: usize) -> Vec<HostChange> {
+        let _ = rustix::io::read(&self.state.changed, &mut [0; 8]);
+        std::mem::take(&mut *self.state.changes.lock().unwrap())
     }
     fn console_tail(&self, _lines: usize) -> String {
         self.state.console.lock().unwrap().clone()
