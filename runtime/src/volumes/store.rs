@@ -28,7 +28,8 @@ const DISK: &str = "disk";
 const DATA: &str = "data";
 /// Lock file that serialises creation and removal of names.
 const NAMES_LOCK: &str = ".lock";
-/// Prefix of directories that are created or removed; names do not begin with it.
+/// Prefix of directories that are created or removed; names do not begin with it. Who does so
+/// holds the lock of the directory itself ([`Held`]).
 const TEMPORARY: &str = ".tmp-";
 /// Longest description that is read, in bytes.
 const MAX_DESCRIPTION: u64 = 1 << 20;
@@ -50,6 +51,35 @@ struct VolumeFileV1 {
 }
 
 const VERSION: u32 = 1;
+
+/// A directory with a temporary name, whose lock is held.
+struct Held {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// A volume that was removed from the names. Its files take space until [`Self::remove`].
+pub(super) struct RemovedVolume {
+    held: Held,
+    /// Nobody who opened the lock before uses the files.
+    _claim: File,
+}
+
+impl RemovedVolume {
+    /// Returns the path of the files of a volume that was a directory.
+    pub(super) fn data(&self) -> PathBuf {
+        self.held.path.join(DATA)
+    }
+
+    /// Removes the files.
+    pub(super) fn remove(self) -> Result<(), VolumeError> {
+        remove_tree(&self.held.path)
+    }
+}
+
+fn remove_tree(path: &Path) -> Result<(), VolumeError> {
+    tree::remove(path).map_err(io_error("remove", path))
+}
 
 pub(super) struct VolumeStore {
     directory: PathBuf,
@@ -83,6 +113,16 @@ fn lock(path: &Path, operation: FlockOperation) -> Result<Option<File>, VolumeEr
         .mode(0o600)
         .open(path)
         .map_err(io_error("open", path))?;
+    locked(file, path, operation)
+}
+
+/// Takes the lock of a directory itself; `None` if another process holds it.
+fn lock_directory(path: &Path, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
+    let directory = File::open(path).map_err(io_error("open", path))?;
+    locked(directory, path, operation)
+}
+
+fn locked(file: File, path: &Path, operation: FlockOperation) -> Result<Option<File>, VolumeError> {
     match rustix::io::retry_on_intr(|| flock(&file, operation)) {
         Ok(()) => Ok(Some(file)),
         Err(Errno::WOULDBLOCK) => Ok(None),
@@ -208,6 +248,41 @@ impl VolumeStore {
         DiskDirectory::at(self.path(name).join(DISK))
     }
 
+    /// Makes a directory with a temporary name, and locks it. No other process sees it
+    /// without its lock.
+    fn temporary(
+        &self,
+        make: impl FnOnce(&Path) -> Result<(), VolumeError>,
+    ) -> Result<Held, VolumeError> {
+        let path = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
+        let _names = self.names_lock()?;
+        make(&path)?;
+        // Who creates a volume holds it for a moment longer than the volume has no name.
+        let lock = lock_directory(&path, FlockOperation::LockExclusive)?;
+        let lock = lock.ok_or_else(|| io_error("lock", &path)(io::ErrorKind::WouldBlock.into()))?;
+        Ok(Held { path, _lock: lock })
+    }
+
+    /// Removes what processes left that were killed while they created or removed a volume.
+    pub(super) fn sweep(&self) -> Result<(), VolumeError> {
+        let mut left = Vec::new();
+        {
+            let _names = self.names_lock()?;
+            for entry in fs::read_dir(&self.directory).map_err(io_error("list", &self.directory))? {
+                let entry = entry.map_err(io_error("list", &self.directory))?;
+                let name = entry.file_name();
+                let path = entry.path();
+                if name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes())
+                    && let Some(lock) =
+                        lock_directory(&path, FlockOperation::NonBlockingLockExclusive)?
+                {
+                    left.push(Held { path, _lock: lock });
+                }
+            }
+        }
+        left.iter().try_for_each(|held| remove_tree(&held.path))
+    }
+
     /// Creates the directory of a volume, whole or not at all.
     fn publish(
         &self,
@@ -215,11 +290,10 @@ impl VolumeStore {
         file: &VolumeFileV1,
         create: impl FnOnce(&Path) -> Result<(), VolumeError>,
     ) -> Result<(), VolumeError> {
-        let fresh = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
-        create_directory(&fresh, false)?;
-        let published = self.fill(&fresh, name, file, create);
+        let fresh = self.temporary(|path| create_directory(path, false))?;
+        let published = self.fill(&fresh.path, name, file, create);
         if published.is_err() {
-            let _ = fs::remove_dir_all(&fresh);
+            let _ = fs::remove_dir_all(&fresh.path);
         }
         published
     }
@@ -337,19 +411,19 @@ impl VolumeStore {
         Ok((volumes, errors))
     }
 
-    pub(super) fn remove(&self, name: &str) -> Result<(), VolumeError> {
+    /// Removes the name of a volume, which takes the same time for every content.
+    pub(super) fn remove(&self, name: &str) -> Result<RemovedVolume, VolumeError> {
         check_name(name)?;
         let path = self.path(name);
         if !path.exists() {
             return Err(VolumeError::NotFound(name.to_owned()));
         }
-        let _held = self.claim(name)?;
-        let grave = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
-        {
-            let _names = self.names_lock()?;
-            fs::rename(&path, &grave).map_err(io_error("remove", &path))?;
-        }
-        tree::remove(&grave).map_err(io_error("remove", &grave))
+        let claim = self.claim(name)?;
+        let rename = |grave: &Path| fs::rename(&path, grave).map_err(io_error("remove", &path));
+        Ok(RemovedVolume {
+            held: self.temporary(rename)?,
+            _claim: claim,
+        })
     }
 }
 

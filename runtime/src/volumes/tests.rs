@@ -1,4 +1,5 @@
 use std::fs::{self, File};
+use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -261,4 +262,59 @@ fn volumes_of_earlier_programs_are_disks() {
     );
     fs::write(&path, json.to_string()).unwrap();
     assert_eq!(volumes.get("old").unwrap(), volume);
+}
+
+/// Directories with temporary names.
+fn temporary(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir.join("data/volumes")).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path());
+    let is_temporary = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with(".tmp-")
+    };
+    paths.filter(is_temporary).collect()
+}
+
+/// A guest may have written any number of files.
+#[test]
+fn vms_are_created_while_the_files_of_a_volume_are_removed() {
+    let Fixture { volumes, dir } = fixture();
+    let options = VolumeOptions::new().kind(VolumeKind::Directory);
+    let volume = volumes.create(Some("large"), &options).unwrap();
+    for directory in 0..40 {
+        let directory = volume.path().join(directory.to_string());
+        fs::create_dir(&directory).unwrap();
+        for file in 0..500 {
+            fs::write(directory.join(file.to_string()), "").unwrap();
+        }
+    }
+    let records = Records::open(volumes.sm.home()).unwrap();
+    std::thread::scope(|scope| {
+        let removal = scope.spawn(|| volumes.remove("large"));
+        while volume.path().exists() {
+            std::thread::yield_now();
+        }
+        let _registry = records.lock().unwrap();
+        assert_eq!(temporary(dir.path()).len(), 1, "it was waited for");
+        removal.join().unwrap().unwrap();
+    });
+    assert!(temporary(dir.path()).is_empty());
+}
+
+#[test]
+fn a_removal_that_was_killed_is_completed_by_the_next_one() {
+    let Fixture { volumes, dir } = fixture();
+    for name in ["one", "two"] {
+        volumes.create(Some(name), &small()).unwrap();
+    }
+    let at = |name: &str| dir.path().join("data/volumes").join(name);
+    fs::create_dir_all(at(".tmp-killed/data/deep")).unwrap();
+    fs::create_dir_all(at(".tmp-used/data/deep")).unwrap();
+    let other = File::open(at(".tmp-used")).unwrap();
+    flock(&other, FlockOperation::LockExclusive).unwrap();
+    volumes.remove("one").unwrap();
+    assert_eq!(temporary(dir.path()), [at(".tmp-used")]);
+    drop(other);
+    assert_eq!(volumes.prune(|_| true).unwrap().names, ["two"]);
+    assert!(temporary(dir.path()).is_empty());
 }

@@ -8,11 +8,14 @@ use std::collections::BTreeMap;
 
 use sm_control::config::MountSourceV1;
 
-use super::store::VolumeStore;
+use super::store::{RemovedVolume, VolumeStore};
 use super::{Volume, VolumeError, Volumes, tree};
 use crate::record::{Record, Records};
 use crate::system::DiskUsage;
 use crate::{Error, ErrorKind};
+
+/// Maximum number of volumes whose locks are held at a time.
+const BATCH: usize = 64;
 
 /// The names of VMs that refer to volumes, by the names of these.
 pub(super) type Users = BTreeMap<String, Vec<String>>;
@@ -55,8 +58,9 @@ fn users_in(records: &[Record]) -> Users {
     users
 }
 
-/// Removes a volume unless a VM refers to it. The caller holds the lock of all records.
-fn remove(store: &VolumeStore, users: &Users, name: &str) -> Result<(), VolumeError> {
+/// Removes the name of a volume unless a VM refers to it. The caller holds the lock of all
+/// records, but not while the files are removed: there may be any number.
+fn remove(store: &VolumeStore, users: &Users, name: &str) -> Result<RemovedVolume, VolumeError> {
     match users.get(name).and_then(|vms| vms.first()) {
         Some(vm) => Err(VolumeError::InUse {
             name: name.to_owned(),
@@ -70,6 +74,19 @@ fn remove(store: &VolumeStore, users: &Users, name: &str) -> Result<(), VolumeEr
 fn space_of(volume: &Volume) -> u64 {
     let measured = || tree::space_of(volume.path());
     volume.disk_bytes().unwrap_or_else(measured)
+}
+
+fn not_removed(volume: &str, error: &VolumeError) {
+    let error = sm_control::with_causes(error);
+    tracing::warn!(volume, error, "a volume is not removed");
+}
+
+/// Removes what an earlier removal left; the next one tries again.
+fn sweep(store: &VolumeStore) {
+    if let Err(error) = store.sweep() {
+        let error = sm_control::with_causes(&error);
+        tracing::warn!(error, "the rest of a volume is not removed");
+    }
 }
 
 impl Volumes {
@@ -87,9 +104,15 @@ impl Volumes {
     /// # Errors
     /// There is none of this name, a VM refers to it, or its files cannot be removed.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
-        let records = Records::open(self.sm.home())?;
-        let _registry = records.lock()?;
-        Ok(remove(&self.store()?, &users_in(&records.list()?), name)?)
+        let store = self.store()?;
+        let removed = {
+            let records = Records::open(self.sm.home())?;
+            let _registry = records.lock()?;
+            remove(&store, &users_in(&records.list()?), name)?
+        };
+        removed.remove()?;
+        sweep(&store);
+        Ok(())
     }
 
     /// Removes the volumes to which no VM refers and for which `select` returns true. Volumes
@@ -100,6 +123,31 @@ impl Volumes {
     /// which volumes it needs.
     pub fn prune(&self, select: impl Fn(&Volume) -> bool) -> Result<PrunedVolumes, Error> {
         let store = self.store()?;
+        let mut pruned = PrunedVolumes::default();
+        for names in store.names()?.chunks(BATCH) {
+            for (volume, removed) in self.remove_unused(&store, names, &select)? {
+                let measured = || tree::space_of(&removed.data());
+                let bytes = volume.disk_bytes().unwrap_or_else(measured);
+                match removed.remove() {
+                    Ok(()) => {
+                        pruned.bytes = pruned.bytes.saturating_add(bytes);
+                        pruned.names.push(volume.name);
+                    }
+                    Err(error) => not_removed(&volume.name, &error),
+                }
+            }
+        }
+        sweep(&store);
+        Ok(pruned)
+    }
+
+    /// Removes those of `names` that [`Self::prune`] removes.
+    fn remove_unused(
+        &self,
+        store: &VolumeStore,
+        names: &[String],
+        select: impl Fn(&Volume) -> bool,
+    ) -> Result<Vec<(Volume, RemovedVolume)>, Error> {
         let records = Records::open(self.sm.home())?;
         let _registry = records.lock()?;
         let (readable, damaged) = records.read_all(false)?;
@@ -107,32 +155,25 @@ impl Volumes {
             return Err(crate::record::RecordError::from(damaged).into());
         }
         let users = users_in(&readable);
-        let mut pruned = PrunedVolumes::default();
-        for name in store.names()? {
-            if users.contains_key(&name) {
+        let mut unused = Vec::new();
+        for name in names {
+            if users.contains_key(name) {
                 continue;
             }
-            let Ok(volume) = store.get(&name) else {
+            let Ok(volume) = store.get(name) else {
                 continue;
             };
             if !select(&volume) {
                 continue;
             }
-            let bytes = space_of(&volume);
-            match remove(&store, &users, &name) {
-                Ok(()) => {
-                    pruned.bytes = pruned.bytes.saturating_add(bytes);
-                    pruned.names.push(name);
-                }
+            match remove(store, &users, name) {
+                Ok(removed) => unused.push((volume, removed)),
                 // The process of a VM that was removed has not ended yet, or has this moment.
                 Err(VolumeError::InUse { .. } | VolumeError::NotFound(_)) => {}
-                Err(error) => {
-                    let error = sm_control::with_causes(&error);
-                    tracing::warn!(volume = name, error, "a volume is not removed");
-                }
+                Err(error) => not_removed(name, &error),
             }
         }
-        Ok(pruned)
+        Ok(unused)
     }
 
     /// Returns the disk space of all volumes; those are in use to which a VM refers.
