@@ -4,13 +4,13 @@ mod disks;
 mod guest;
 mod merging;
 mod shares;
+mod threads;
 mod writable;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use sm_control::config::LaunchConfig;
@@ -44,6 +44,7 @@ use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
 
 use self::merging::Merging;
+use self::threads::EndingThreads;
 use self::writable::WritableDisk;
 use super::cache;
 use super::capturing::Capturing;
@@ -100,7 +101,7 @@ pub(crate) struct RunningMachine {
     /// The merge of layers of a disk.
     merging: Option<Merging>,
     /// Threads that publish snapshots, and of merges that have ended.
-    publishing: Vec<JoinHandle<()>>,
+    publishing: EndingThreads,
     exec: FrontendHandle,
     published: Published,
     _event_loop: EventLoop,
@@ -112,10 +113,7 @@ impl Drop for RunningMachine {
     fn drop(&mut self) {
         self.capturing = None;
         self.cancel_merge();
-        for publishing in self.publishing.drain(..) {
-            // The thread has logged its result.
-            let _ = publishing.join();
-        }
+        self.publishing = EndingThreads::default();
         cache::trim(&self.store);
     }
 }
@@ -372,7 +370,7 @@ fn begin(
         events: events.clone(),
         capturing: None,
         merging: None,
-        publishing: Vec::new(),
+        publishing: EndingThreads::default(),
         exec,
         published,
         _event_loop: event_loop,

@@ -68,7 +68,7 @@ impl RunningMachine {
         let (capturing, thread) =
             Capturing::begin(plan, &mut self.machine, origin, freeze, callbacks)?;
         self.capturing = Some(capturing);
-        self.publishing.push(thread);
+        self.publishing.add([thread]);
         Ok(())
     }
 
@@ -130,8 +130,8 @@ impl GuestMachine for RunningMachine {
 
     fn workload_started(&mut self) {
         if let Some(prefetch) = &mut self.prefetch {
-            self.publishing
-                .extend(prefetch.record(self.machine.memory(), &self.store));
+            let thread = prefetch.record(self.machine.memory(), &self.store);
+            self.publishing.add(thread);
         }
     }
 

@@ -157,7 +157,7 @@ impl RunningMachine {
     /// Lets the thread end; the last handle of large files may be its.
     fn end_merge(&mut self) {
         if let Some(mut merging) = self.merging.take() {
-            self.publishing.extend(merging.thread.take());
+            self.publishing.add(merging.thread.take());
         }
     }
 
