@@ -229,7 +229,9 @@ impl GuestMachine for RunningMachine {
             capturing.end();
         }
         if let Err(error) = self.adopt_merged() {
-            self.go_on_with_merge(MergeStep::Written(Err(error)));
+            // Snapshots may wait for the end of the merge.
+            let failed = MergeStep::Written(Err(error));
+            self.events.send(SupervisorEvent::Merge(failed));
         }
         Ok(())
     }
