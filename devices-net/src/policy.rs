@@ -27,7 +27,8 @@
 //! ```
 //!
 //! Architecture invariants: an address in another form (mapped, translated) is judged as the
-//! one that it reaches; a name never allows an address of the host or a metadata service.
+//! one that it reaches; a name never allows an address of the host or a metadata service; only
+//! a rule about the host allows its loopback addresses behind a [`PolicyGate`]'s gateway.
 
 mod address;
 mod gate;
@@ -119,7 +120,18 @@ impl NetPolicy {
                     target => target.contains(address, class),
                 }
         };
-        if let Some(rule) = self.deny.iter().find(covers) {
+        // A rule that denies addresses denies each form of them, and metadata services too.
+        let denies = |rule: &&NetRule| {
+            let by_address = match &rule.target {
+                RuleTarget::All => true,
+                RuleTarget::Range(range) => {
+                    range.contains(address) || range.contains(destination.ip())
+                }
+                _ => false,
+            };
+            (by_address && rule.covers(protocol, port)) || covers(rule)
+        };
+        if let Some(rule) = self.deny.iter().find(denies) {
             return PolicyVerdict::Denied(rule.clone());
         }
         // A server of names decides about the addresses of a name, not about those of the

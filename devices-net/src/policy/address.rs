@@ -26,7 +26,7 @@ const METADATA: [IpAddr; 3] = [
 ];
 
 /// Returns the address that is reached by `address`: that of an IPv4 host if it is in a form
-/// for IPv6, mapped (RFC 4291), translated (RFC 6052) or 6to4 (RFC 3056).
+/// for IPv6: mapped (RFC 4291), translated (RFC 6052), 6to4 (RFC 3056) or Teredo (RFC 4380).
 #[must_use]
 pub fn effective_address(address: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = address else {
@@ -42,6 +42,8 @@ pub fn effective_address(address: IpAddr) -> IpAddr {
         [0, 0, 0, 0, 0, 0] if g != 0 || h > 1 => v4(g, h),
         [0, 0, 0, 0, 0, 0xffff] | [0, 0, 0, 0, 0xffff, 0] | [0x64, 0xff9b, 0, 0, 0, 0] => v4(g, h),
         [0x2002, high, low, ..] => v4(high, low),
+        // The bits of the client's address are inverted.
+        [0x2001, 0, ..] => v4(!g, !h),
         _ => address,
     }
 }
@@ -122,7 +124,7 @@ mod tests {
                 "127.0.0.1 127.255.255.255 0.0.0.0 0.1.2.3 ::1 :: 203.0.113.9 2001:db8::9 \
                  192.168.1.9 ::ffff:127.0.0.1 ::ffff:0.0.0.0 ::ffff:203.0.113.9 ::127.0.0.1 \
                  64:ff9b::127.0.0.1 64:ff9b::203.0.113.9 2002:7f00:1:: 2002:7f00:1:1::1 \
-                 2002:cb00:7109::1 ::ffff:0:127.0.0.1",
+                 2002:cb00:7109::1 ::ffff:0:127.0.0.1 2001::80ff:fffe",
             ),
             (
                 AddressClass::Metadata,

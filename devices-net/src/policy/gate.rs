@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
-use super::{DnsPins, HostAddresses, NetPolicy, PolicyVerdict};
+use super::{DnsPins, HostAddresses, NetPolicy, PolicyVerdict, effective_address};
 use crate::engine::{EgressPolicy, EgressRequest, EgressVerdict, EngineConfig};
 
 /// Names of addresses that are stored.
@@ -62,17 +62,22 @@ impl EgressPolicy for PolicyGate {
     fn judge(&mut self, request: &EgressRequest) -> EgressVerdict {
         let mut destination = request.destination;
         let now = Instant::now();
-        let verdict =
-            (self.policy).judge(request.protocol, destination, &self.host, &self.pins, now);
-        if !verdict.is_allowed() {
-            (self.refused)(request, &verdict);
-            return EgressVerdict::Prohibit;
-        }
-        if self.gateways.contains(&destination.ip()) {
-            destination.set_ip(match destination.ip() {
+        let judge = |destination| {
+            (self.policy).judge(request.protocol, destination, &self.host, &self.pins, now)
+        };
+        let mut verdict = judge(destination);
+        let gateway = effective_address(destination.ip());
+        if verdict.is_allowed() && self.gateways.contains(&gateway) {
+            destination.set_ip(match gateway {
                 IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
                 IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
             });
+            // A range around the gateway's address is not meant for the host.
+            verdict = judge(destination);
+        }
+        if !verdict.is_allowed() {
+            (self.refused)(request, &verdict);
+            return EgressVerdict::Prohibit;
         }
         EgressVerdict::Connect(destination)
     }
@@ -193,6 +198,38 @@ mod tests {
             });
             assert_eq!(open.judge(&request(target)), expected, "{target}");
         }
+    }
+
+    /// A rule about a network that happens to have the gateway's address is none about the host.
+    #[test]
+    fn a_range_around_the_gateway_does_not_open_the_host() {
+        let rules = |text: &str| text.split(' ').map(|rule| rule.parse().unwrap()).collect();
+        let targets = [
+            "100.96.0.1:80",
+            "[fd73:6d00::1]:80",
+            "[64:ff9b::100.96.0.1]:80",
+        ];
+        let judge = |allow: &str| {
+            let policy = NetPolicy::new(rules(allow), Vec::new());
+            let mut gate = PolicyGate::new(policy, &EngineConfig::default(), Vec::new());
+            targets.map(|target| {
+                let request = EgressRequest {
+                    protocol: FlowProtocol::Tcp,
+                    destination: target.parse().unwrap(),
+                };
+                gate.judge(&request)
+            })
+        };
+        let reached = |address: &str| EgressVerdict::Connect(address.parse().unwrap());
+        let closed = [EgressVerdict::Prohibit; 3];
+        assert_eq!(judge("100.64.0.0/10 fd00::/8"), closed);
+        let open = [
+            reached("127.0.0.1:80"),
+            reached("[::1]:80"),
+            reached("127.0.0.1:80"),
+        ];
+        assert_eq!(judge("host"), open);
+        assert_eq!(judge("100.64.0.0/10 host"), open);
     }
 
     #[test]

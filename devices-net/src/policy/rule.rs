@@ -181,7 +181,7 @@ impl fmt::Display for NamePattern {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RuleTarget {
-    /// All addresses but those of metadata services.
+    /// All addresses. A rule that allows them leaves out those of metadata services.
     All,
     /// Public addresses.
     Public,
@@ -191,14 +191,15 @@ pub enum RuleTarget {
     Host,
     /// Metadata services, and link-local addresses.
     Metadata,
-    /// Addresses, unless they are of a metadata service.
+    /// Addresses. A rule that allows them leaves out those of metadata services.
     Range(AddressRange),
     /// Addresses that the guest got for such a name.
     Name(NamePattern),
 }
 
 impl RuleTarget {
-    /// Returns true for an address of a class; never for names.
+    /// Returns true for an address of a class that a rule with this target allows; never for
+    /// names.
     #[must_use]
     pub fn contains(&self, address: IpAddr, class: AddressClass) -> bool {
         match self {

@@ -142,6 +142,27 @@ fn policies_allow_what_they_say() {
             "tcp 169.254.169.254:80",
         ),
         ("198.51.100.7", "public", "", "tcp 198.51.100.7:1"),
+        // Also over metadata services, and about a form of an address.
+        (
+            "metadata",
+            "169.254.170.0/24",
+            "tcp 169.254.169.254:80",
+            "tcp 169.254.170.2:80, tcp [::ffff:169.254.170.2]:80",
+        ),
+        ("metadata", "all", "", "tcp 169.254.169.254:80"),
+        (
+            "",
+            "64:ff9b::/96 2002::/16",
+            "tcp 1.1.1.1:1",
+            "tcp [64:ff9b::1.1.1.1]:1, tcp [2002:101:101::1]:1",
+        ),
+        // A form of an address is not allowed by a rule about the form.
+        (
+            "64:ff9b::/96",
+            "",
+            "",
+            "tcp [64:ff9b::127.0.0.1]:1, tcp [64:ff9b::1.1.1.1]:1",
+        ),
     ] {
         let setting = Setting::new(allow, deny);
         for flow in allowed.split(", ").filter(|it| !it.is_empty()) {
