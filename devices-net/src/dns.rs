@@ -7,7 +7,7 @@
 //! | `servers` | `resolv.conf` |
 //!
 //! Architecture invariants: no message of a guest or a server makes a parser allocate more
-//! than a name, or loop more often than the message has bytes.
+//! than a few names; a record is read once, and a name follows at most 128 references.
 
 mod message;
 mod servers;

@@ -8,10 +8,13 @@ use thiserror::Error;
 pub const DNS_HEADER: usize = 12;
 /// Longest name in bytes, in text.
 const MAX_NAME: usize = 253;
+/// Maximum number of aliases that a name is followed through.
+const MAX_ALIASES: usize = 16;
 /// Maximum number of references in a name: more than a name has labels.
 const MAX_REFERENCES: usize = 128;
 
 const TYPE_A: u16 = 1;
+const TYPE_CNAME: u16 = 5;
 const TYPE_AAAA: u16 = 28;
 const TYPE_OPT: u16 = 41;
 const TYPE_SVCB: u16 = 64;
@@ -153,6 +156,9 @@ pub struct DnsAddress {
     pub address: IpAddr,
     /// Time for which it is valid, in seconds.
     pub ttl: u32,
+    /// It is of the name in question, or of one that an earlier record of the response says to
+    /// be an alias or a server of that. Others are of mail servers, for example.
+    pub of_name: bool,
 }
 
 /// Calls `found` with each address in the answers and additional records of a response, hints
@@ -166,10 +172,11 @@ pub fn addresses(
 ) -> Result<u8, MalformedMessage> {
     let question = DnsQuestion::parse_response(response)?;
     let mut at = question.end;
+    let mut names = vec![question.name];
     let records = (0..3).map(|section| read_u16(response, 6 + 2 * section).map(u32::from));
     let records = records.sum::<Result<u32, _>>()?;
     for _ in 0..records {
-        at = read_record(response, at, &mut found)?;
+        at = read_record(response, at, &mut names, &mut found)?;
     }
     let code = response
         .get(3)
@@ -178,12 +185,14 @@ pub fn addresses(
     Ok(code & CODE)
 }
 
-/// Reads a record; returns its end.
+/// Reads a record; returns its end. `names` are those that stand for the name in question.
 fn read_record(
     message: &[u8],
     at: usize,
+    names: &mut Vec<String>,
     found: &mut impl FnMut(DnsAddress),
 ) -> Result<usize, MalformedMessage> {
+    let owner = at;
     let at = skip_name(message, at)?;
     let (kind, class) = (read_u16(message, at)?, read_u16(message, at + 2)?);
     let ttl = u32::from(read_u16(message, at + 4)?) << 16 | u32::from(read_u16(message, at + 6)?);
@@ -191,13 +200,38 @@ fn read_record(
     let start = at + 10;
     let data = message.get(start..start + len);
     let data = data.ok_or(MalformedMessage::Truncated)?;
-    if class == CLASS_IN {
-        let mut found = |address| found(DnsAddress { address, ttl });
+    let has_address = matches!(
+        kind,
+        TYPE_A | TYPE_AAAA | TYPE_CNAME | TYPE_SVCB | TYPE_HTTPS
+    );
+    if class == CLASS_IN && has_address {
+        let (owner, _) = read_name(message, owner)?;
+        let of_name = names.contains(&owner);
+        let mut found = |address| {
+            found(DnsAddress {
+                address,
+                ttl,
+                of_name,
+            });
+        };
+        let mut target = None;
         match kind {
             TYPE_A => ipv4(data, &mut found),
             TYPE_AAAA => ipv6(data, &mut found),
-            TYPE_SVCB | TYPE_HTTPS => hints(data, &mut found)?,
-            _ => {}
+            TYPE_CNAME => target = Some(start),
+            // Behind the priority.
+            _ => {
+                hints(data, &mut found)?;
+                target = Some(start + 2);
+            }
+        }
+        if let Some(target) = target.filter(|_| of_name && names.len() <= MAX_ALIASES) {
+            let (name, end) = read_name(message, target)?;
+            if end > start + len {
+                return Err(MalformedMessage::Name);
+            }
+            // An empty one is the owner itself (RFC 9460 2.5.2).
+            names.extend(Some(name).filter(|name| !name.is_empty()));
         }
     }
     Ok(start + len)

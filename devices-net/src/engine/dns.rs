@@ -319,7 +319,10 @@ impl DnsProxy {
         let response = self.buffer.get(..len).unwrap_or_default();
         let mut accepted = true;
         let code = addresses(response, |found| {
-            accepted &= turn.policy.resolved(&lookup.name, found.address, found.ttl);
+            accepted &= match found.of_name {
+                true => (turn.policy).resolved(&lookup.name, found.address, found.ttl),
+                false => turn.policy.may_answer(found.address),
+            };
         });
         match code {
             Ok(code) if !UNABLE.contains(&code) => {}

@@ -53,6 +53,13 @@ pub trait EgressPolicy: Send {
         true
     }
 
+    /// Returns true if the guest may have an answer with an address that is not of the name in
+    /// question, such as that of a mail server. It is true by default.
+    fn may_answer(&mut self, address: IpAddr) -> bool {
+        let _ = address;
+        true
+    }
+
     /// Returns true if answers matter: the guest then cannot ask the host's servers over TCP,
     /// where nobody reads them. It is false by default.
     fn restricts_names(&self) -> bool {

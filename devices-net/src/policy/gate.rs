@@ -94,6 +94,10 @@ impl EgressPolicy for PolicyGate {
         accepted
     }
 
+    fn may_answer(&mut self, address: IpAddr) -> bool {
+        self.policy.may_answer(address, &self.host)
+    }
+
     fn restricts_names(&self) -> bool {
         self.policy.has_names()
     }

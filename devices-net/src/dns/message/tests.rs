@@ -139,6 +139,67 @@ fn addresses_of_answers_are_found() {
     assert_eq!(found(&cut), Err(MalformedMessage::Truncated));
 }
 
+/// Appends a record of another name.
+fn append(message: &mut Vec<u8>, owner: &str, kind: u16, data: &[u8]) {
+    message.extend(name(owner));
+    message.extend(kind.to_be_bytes());
+    message.extend([0, 1, 0, 0, 0, 60]);
+    message.extend(u16::try_from(data.len()).unwrap().to_be_bytes());
+    message.extend(data);
+    message[11] += 1;
+}
+
+/// A question for mail servers has their addresses in its answer.
+#[test]
+fn addresses_of_other_names_are_told_from_those_of_the_name() {
+    const TYPE_MX: u16 = 15;
+    let question = query(7, "example.com", TYPE_MX);
+    let mail = [&[0, 10][..], &name("mail.example.net")].concat();
+    let mut message = response(&question, &[(TYPE_MX, 60, mail)]);
+    append(&mut message, "mail.example.net", TYPE_A, &[192, 0, 2, 1]);
+    // Not an alias of the name, and an alias that comes too late.
+    let alias = name("www.example.com");
+    append(&mut message, "other.example.net", TYPE_CNAME, &alias);
+    append(&mut message, "www.example.com", TYPE_A, &[192, 0, 2, 2]);
+    append(&mut message, "EXAMPLE.com", TYPE_CNAME, &alias);
+    append(&mut message, "www.example.com", TYPE_A, &[192, 0, 2, 3]);
+    let host = [&[0, 0][..], &name("host.example.org")].concat();
+    append(&mut message, "www.example.com", TYPE_HTTPS, &host);
+    append(&mut message, "host.example.org", TYPE_A, &[192, 0, 2, 4]);
+    append(&mut message, "", TYPE_A, &[192, 0, 2, 5]);
+    let mut found = Vec::new();
+    let code = addresses(&message, |it| {
+        found.push((it.address.to_string(), it.of_name));
+    });
+    assert_eq!(code, Ok(0));
+    let expected = [
+        ("192.0.2.1", false),
+        ("192.0.2.2", false),
+        ("192.0.2.3", true),
+        ("192.0.2.4", true),
+        ("192.0.2.5", false),
+    ];
+    assert_eq!(found, expected.map(|(text, own)| (text.to_owned(), own)));
+    // A target that does not end with its record.
+    let mut long = response(&question, &[(TYPE_CNAME, 60, alias[..5].to_vec())]);
+    long.extend([0; 12]);
+    assert_eq!(addresses(&long, |_| {}), Err(MalformedMessage::Name));
+}
+
+#[test]
+fn chains_of_aliases_have_an_end() {
+    let question = query(7, "n0", TYPE_A);
+    let mut message = response(&question, &[]);
+    for number in 0..40 {
+        let (owner, target) = (format!("n{number}"), format!("n{}", number + 1));
+        append(&mut message, &owner, TYPE_A, &[192, 0, 2, number]);
+        append(&mut message, &owner, TYPE_CNAME, &name(&target));
+    }
+    let mut of_name = 0;
+    let code = addresses(&message, |it| of_name += usize::from(it.of_name));
+    assert_eq!((code, of_name), (Ok(0), 1 + MAX_ALIASES));
+}
+
 #[test]
 fn only_the_answer_to_the_question_counts() {
     let question = query(7, "example.com", TYPE_A);
