@@ -17,9 +17,9 @@
 //! | `output`, `answers` | frames for the guest |
 //! | `store`, `table`, `sequence` | bytes and flows |
 //!
-//! Architecture invariants: memory is bounded by [`EngineLimits`], whatever guest and peers
-//! do; once flows have reached their number, a packet allocates nothing; the guest's headers
-//! are copied once and only the copy is used; no call blocks.
+//! Architecture invariants: memory is bounded by [`EngineLimits`] and constants, whatever guest
+//! and peers do; a packet of an established flow allocates nothing; the guest's headers are
+//! copied once and only the copy is used; no call waits for the guest or the network.
 
 mod answers;
 mod backend;
@@ -118,8 +118,9 @@ impl NetEngine {
         }
     }
 
-    /// Makes the gateway a name server, which asks these of the host. Without them, port 53 of
-    /// the gateway is one as others.
+    /// Makes the gateway a name server, which asks these of the host. Connections to its port 53
+    /// reach the first of them without a question to [`EgressPolicy::judge`], unless the policy
+    /// restricts names. Without name servers, the port is one as others.
     pub fn set_name_servers(&mut self, servers: NameServers) {
         self.dns.set_servers(servers);
     }
@@ -362,11 +363,12 @@ impl NetEngine {
     }
 }
 
-/// Returns true for addresses of one host.
+/// Returns true for addresses of one host. One of IPv4 in a form for IPv6 sockets is none of
+/// packets (RFC 4291 2.5.5.2): the flow would be of another family on the host.
 fn is_reachable(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => !address.is_multicast() && !address.is_broadcast(),
-        IpAddr::V6(address) => !address.is_multicast(),
+        IpAddr::V6(address) => !address.is_multicast() && address.to_ipv4_mapped().is_none(),
     }
 }
 

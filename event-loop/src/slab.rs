@@ -29,7 +29,7 @@ impl Key {
 
 #[derive(Clone, Debug)]
 struct Slot<T> {
-    /// That of the next occupant while the slot is free.
+    /// The next occupant's, while the slot is free.
     generation: u32,
     value: Option<T>,
 }

@@ -131,14 +131,19 @@ impl DnsProxy {
         match &self.source {
             Some(NameServers::Fixed(servers)) => return servers,
             Some(NameServers::File(path)) => {
-                let stamp = fs::metadata(path)
-                    .map(|it| (it.dev(), it.ino(), it.len(), it.mtime(), it.mtime_nsec()));
-                let stamp = stamp.ok();
+                // Opening a pipe would wait for a writer.
+                let file = fs::metadata(path).ok().filter(fs::Metadata::is_file);
+                let stamp =
+                    file.map(|it| (it.dev(), it.ino(), it.len(), it.mtime(), it.mtime_nsec()));
                 if self.servers.is_empty() || stamp != self.stamp {
-                    let mut text = String::new();
-                    // A file that is not there, or not text, is an empty one.
-                    let _ = fs::File::open(path)
-                        .and_then(|file| file.take(MAX_FILE).read_to_string(&mut text));
+                    let mut text = Vec::new();
+                    // A file that is not there is an empty one.
+                    if stamp.is_some() {
+                        let _ = fs::File::open(path)
+                            .and_then(|file| file.take(MAX_FILE).read_to_end(&mut text));
+                    }
+                    // Comments may have other characters.
+                    let text = String::from_utf8_lossy(&text);
                     let servers = ResolvConf::parse(&text).servers;
                     let servers = servers.iter().map(|it| (*it, DNS_PORT).into());
                     self.servers = servers.collect();
@@ -447,5 +452,32 @@ impl DnsProxy {
 fn set_id(message: &mut [u8], id: u16) {
     if let Some(place) = message.first_chunk_mut() {
         *place = id.to_be_bytes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_servers_of_a_file_are_those_that_it_has() {
+        let file = std::env::temp_dir().join(format!("sm-resolv-{}", std::process::id()));
+        let mut proxy = DnsProxy::new(1);
+        for (content, expected) in [
+            (&b"nameserver 9.9.9.9\n"[..], "9.9.9.9:53"),
+            (b"# B\xfcro\nnameserver 8.8.8.8\n", "8.8.8.8:53"),
+            (b"", "127.0.0.1:53"),
+        ] {
+            fs::write(&file, content).unwrap();
+            proxy.set_servers(NameServers::File(file.clone()));
+            assert_eq!(proxy.known_server(), Some(expected.parse().unwrap()));
+        }
+        fs::remove_file(&file).unwrap();
+        assert_eq!(proxy.servers(), ["127.0.0.1:53".parse().unwrap()]);
+        // A pipe without a writer.
+        let mode = rustix::fs::Mode::RUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        assert_eq!(proxy.servers(), ["127.0.0.1:53".parse().unwrap()]);
+        fs::remove_file(&file).unwrap();
     }
 }

@@ -10,7 +10,8 @@ use crate::engine::{EgressPolicy, EgressRequest, EgressVerdict, EngineConfig};
 /// Names of addresses that are stored.
 const PINS: usize = 4096;
 
-/// Called with each flow that is refused.
+/// Called with each packet that would begin a flow and is refused: as often as the guest likes,
+/// so an observer that writes must limit itself.
 pub type RefusalObserver = Box<dyn FnMut(&EgressRequest, &PolicyVerdict) + Send>;
 
 /// Asks a [`NetPolicy`] for an engine. The gateway's addresses stand for the loopback

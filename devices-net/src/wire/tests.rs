@@ -56,7 +56,7 @@ proptest! {
         prop_assert_eq!(sum.complement(), slow_sum(&parts.concat()));
     }
 
-    /// Whatever a guest sends, a packet that is accepted lies inside its frame.
+    /// A packet that is accepted lies inside its frame.
     #[test]
     fn arbitrary_frames_stay_inside(
         ether_type in prop_oneof![Just(EtherType::IPV4), Just(EtherType::IPV6)],

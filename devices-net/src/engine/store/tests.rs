@@ -52,7 +52,7 @@ proptest! {
                     while left > 0 {
                         let most = left.min(5000);
                         let (read, drained) = queue.read(&mut store, far.as_fd(), most).unwrap();
-                        // What was written is contiguous and there, so a read is full.
+                        // The bytes are there, in one piece, so a read is full.
                         prop_assert_eq!((read, drained), (most, false));
                         left -= read;
                     }

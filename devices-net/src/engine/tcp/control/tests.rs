@@ -281,7 +281,7 @@ fn windows_are_not_taken_back() {
     let granted = control.grant(100 << SCALE, false);
     assert_eq!(granted, 65_535 >> SCALE);
     control.taken(60_000, false);
-    // What is left of the old window is granted, whatever the room; it is shown in units.
+    // The rest of the old window stays granted without room for it; it is shown in units.
     assert_eq!(control.grant(0, false), 5535 >> SCALE);
     assert!(control.worth_granting(2 * 5535));
     assert!(!control.worth_granting(2 * 5535 - 1));
