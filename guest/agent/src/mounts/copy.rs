@@ -24,8 +24,8 @@ const READ: OFlags = OFlags::RDONLY
     .union(OFlags::CLOEXEC)
     .union(OFlags::NONBLOCK);
 
-/// Copies the content and the attributes of a directory to another one, if that is empty.
-/// Both are directories; `from` may be open as a path only.
+/// Copies the content and the attributes of a directory to another one, if that is empty,
+/// and stays so until the first file is copied. Both are directories; `from` may be open as a path only.
 ///
 /// # Errors
 /// A file cannot be read or written. What was copied until then is left.
@@ -40,7 +40,11 @@ pub(super) fn fill_if_empty(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
         links: HashMap::new(),
         target: to.try_clone()?,
     };
-    copy.directory(&from, &to, "", 0)
+    match copy.directory(&from, &to, "", 0) {
+        // A VM that shares the directory fills it at the same time, and was first.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        copied => copied,
+    }
 }
 
 fn names(directory: &OwnedFd) -> io::Result<impl Iterator<Item = io::Result<CString>> + use<>> {
@@ -279,5 +283,34 @@ mod tests {
         fs::write(from.join("later"), "").unwrap();
         fill_if_empty(&opened(&from), &opened(&to)).unwrap();
         assert!(!to.join("later").exists());
+    }
+
+    /// VMs that share a directory may start at the same time.
+    #[test]
+    fn one_of_several_fills_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        for name in 0..20 {
+            let below = from.join(name.to_string());
+            fs::create_dir_all(&below).unwrap();
+            (0..5).for_each(|name| fs::write(below.join(name.to_string()), "x").unwrap());
+        }
+        for round in 0..20 {
+            let to = dir.path().join(format!("to{round}"));
+            fs::create_dir(&to).unwrap();
+            let start = std::sync::Barrier::new(3);
+            std::thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        start.wait();
+                        fill_if_empty(&opened(&from), &opened(&to)).unwrap();
+                    });
+                }
+            });
+            for name in 0..20 {
+                let below = fs::read_dir(to.join(name.to_string())).unwrap();
+                assert_eq!(below.count(), 5, "{name}");
+            }
+        }
     }
 }
