@@ -16,22 +16,28 @@ const DIRECTORY: OFlags = OFlags::DIRECTORY
 /// Maximum depth at which files are counted.
 const MAX_DEPTH: usize = 256;
 
+/// Number of names that are read at a time. A guest may have made any number in a directory.
+const BATCH: usize = 1 << 16;
+
 /// Removes a directory and all below it.
 ///
 /// Directories at depth two are moved up to `path`, so that neither recursion nor the number of
-/// open files depends on the depth.
+/// open files depends on the depth, and the names that are still to be looked at are there and
+/// not in memory.
 ///
 /// # Errors
 /// The first file that cannot be removed. What was removed until then is gone.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
+    remove_in_batches(path, BATCH)
+}
+
+fn remove_in_batches(path: &Path, batch: usize) -> io::Result<()> {
     let root = openat(CWD, path, DIRECTORY | OFlags::RDONLY, Mode::empty())?;
+    // Directories that are moved to the root have names of their own.
     let mut moved = 0_u64;
-    // The stack of the names of directories at the root. Those that are moved there have
-    // names of their own.
-    let mut pending = subdirectories(&root)?;
-    while let Some(name) = pending.pop() {
-        let directory = opened(&root, &name)?;
-        for below in subdirectories(&directory)? {
+    empty(&root, batch, |name| {
+        let directory = opened(&root, name)?;
+        empty(&directory, batch, |below| {
             let new = loop {
                 moved += 1;
                 let new = CString::new(format!(".sm-removed-{moved}"))?;
@@ -41,19 +47,38 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
                     Ok(_) => {}
                 }
             };
-            match renameat(&directory, &*below, &root, &*new) {
+            match renameat(&directory, below, &root, &*new) {
                 // A directory that is moved to another one is written to (`..`).
                 Err(Errno::ACCESS) => {
-                    permit(&directory, &below)?;
-                    renameat(&directory, &*below, &root, &*new)?;
+                    permit(&directory, below)?;
+                    Ok(renameat(&directory, below, &root, &*new)?)
                 }
-                moved => moved?,
+                moved => Ok(moved?),
             }
-            pending.push(new);
-        }
-        unlinkat(&root, &*name, AtFlags::REMOVEDIR)?;
-    }
+        })?;
+        Ok(unlinkat(&root, name, AtFlags::REMOVEDIR)?)
+    })?;
     std::fs::remove_dir(path)
+}
+
+/// Removes the files of a directory, and has `take` remove each directory from it.
+fn empty(
+    directory: &OwnedFd,
+    batch: usize,
+    mut take: impl FnMut(&CStr) -> io::Result<()>,
+) -> io::Result<()> {
+    loop {
+        let entries = entries(directory, batch)?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        for (name, kind) in entries {
+            match kind {
+                FileType::Directory => take(&name)?,
+                _ => unlinkat(directory, &*name, AtFlags::empty())?,
+            }
+        }
+    }
 }
 
 /// Opens a directory for reading and writing its entries, whatever its permissions are.
@@ -83,10 +108,9 @@ fn permit(parent: &OwnedFd, name: &CStr) -> io::Result<()> {
     Ok(rustix::fs::chmod(link, Mode::RWXU)?)
 }
 
-/// Removes the files of a directory, and returns the names of the directories in it.
-fn subdirectories(directory: &OwnedFd) -> io::Result<Vec<CString>> {
+/// Returns up to `most` entries of a directory.
+fn entries(directory: &OwnedFd, most: usize) -> io::Result<Vec<(CString, FileType)>> {
     let mut found = Vec::new();
-    let mut files = Vec::new();
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -100,13 +124,10 @@ fn subdirectories(directory: &OwnedFd) -> io::Result<Vec<CString>> {
             }
             kind => kind,
         };
-        match kind {
-            FileType::Directory => found.push(name.to_owned()),
-            _ => files.push(name.to_owned()),
+        found.push((name.to_owned(), kind));
+        if found.len() >= most {
+            break;
         }
-    }
-    for name in files {
-        unlinkat(directory, &*name, AtFlags::empty())?;
     }
     Ok(found)
 }
@@ -187,6 +208,22 @@ mod tests {
         remove(&tree).unwrap();
         assert!(!tree.exists());
         assert_eq!(fs::read_to_string(outside.join("file")).unwrap(), "kept");
+    }
+
+    #[test]
+    fn a_directory_is_read_in_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        for number in 0..50 {
+            fs::create_dir_all(tree.join(format!("{number}/a/b"))).unwrap();
+            fs::write(tree.join(format!("{number}/a/f")), "").unwrap();
+            fs::create_dir_all(tree.join(format!("0/{number}"))).unwrap();
+            fs::write(tree.join(format!("0/f{number}")), "").unwrap();
+        }
+        let opened = openat(CWD, &tree, DIRECTORY, Mode::empty()).unwrap();
+        assert_eq!(entries(&opened, 7).unwrap().len(), 7);
+        remove_in_batches(&tree, 7).unwrap();
+        assert!(!tree.exists());
     }
 
     #[test]
