@@ -1,9 +1,10 @@
 //! Rules about what a guest may reach.
 //!
 //! A [`NetPolicy`] has rules that allow and rules that deny; a [`PolicyGate`] asks it for an
-//! engine. Denying rules win. Without an
-//! allowing rule, public addresses are allowed. Addresses of cloud metadata services are
-//! allowed only by a rule whose target is `metadata`.
+//! engine. Denying rules win. Without an allowing rule, public addresses are allowed. Addresses
+//! of cloud metadata services are allowed only by a rule whose target is `metadata`. A rule that
+//! denies a name denies its addresses only as long as an answer that the guest got for the name
+//! is valid: it is no boundary for a guest that knows them from elsewhere.
 //!
 //! ```
 //! use std::time::Instant;

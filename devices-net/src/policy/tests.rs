@@ -224,6 +224,11 @@ fn a_name_counts_as_long_as_its_answer() {
     assert!(setting.judge("tcp 198.51.100.7:443").is_allowed());
     setting.now += Duration::from_secs(61);
     assert!(!setting.judge("tcp 198.51.100.7:443").is_allowed());
+    // Also for a rule that denies it.
+    let mut setting = Setting::new("", "www.example.com");
+    assert!(!setting.judge("tcp 198.51.100.7:443").is_allowed());
+    setting.now += Duration::from_secs(61);
+    assert!(setting.judge("tcp 198.51.100.7:443").is_allowed());
 }
 
 #[test]

@@ -34,7 +34,7 @@ proptest! {
         let (mut near, far) = UnixStream::pair().unwrap();
         far.set_nonblocking(true).unwrap();
         let mut store = ChunkStore::new(1 << 20);
-        let mut real = [ByteQueue::default(), ByteQueue::default()];
+        let mut real = [store.reserve().unwrap(), ByteQueue::default()];
         let mut model = [VecDeque::new(), VecDeque::new()];
         for (second, step, amount) in steps {
             let which = usize::from(second);
@@ -56,7 +56,7 @@ proptest! {
                         prop_assert_eq!((read, drained), (most, false));
                         left -= read;
                     }
-                    let again = queue.read(&mut store, far.as_fd(), 100).unwrap_err();
+                    let again = queue.read(&mut store, far.as_fd(), 64 << 10).unwrap_err();
                     prop_assert_eq!(again.kind(), io::ErrorKind::WouldBlock);
                     model.extend(some);
                 }
@@ -75,6 +75,10 @@ proptest! {
                         prop_assert_eq!(content(queue, &store, after), rest);
                     }
                 }
+                3 if model.is_empty() => {
+                    let nothing = queue.read(&mut store, far.as_fd(), 64 << 10).unwrap_err();
+                    prop_assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+                }
                 _ => {
                     queue.consume(&mut store, amount);
                     model.drain(..model.len().min(amount as usize));
@@ -84,9 +88,10 @@ proptest! {
             prop_assert_eq!(content(queue, &store, queue.start()), Vec::from(model.clone()));
             let most: usize = real.iter().map(|it| (it.len() as usize).div_ceil(CHUNK) + 1).sum();
             prop_assert!(store.used as usize <= most);
+            prop_assert_eq!(store.reserved, u32::from(real[0].is_empty()));
         }
         real.iter_mut().for_each(|queue| queue.clear(&mut store));
-        prop_assert_eq!(store.used, 0);
+        prop_assert_eq!((store.used, store.reserved), (0, 1));
     }
 
     #[test]
