@@ -69,7 +69,7 @@ impl Cache {
             format!("{layer}-{mib}m-{vcpus}c-{short}")
         };
         // All parameters of attaching the root, except those that every start sends again
-        // (the host name).
+        // (names and addresses).
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
             &image.root,
@@ -77,8 +77,6 @@ impl Cache {
             request.upper_size,
             request.shm_size,
             request.config.read_only,
-            &request.extra_hosts,
-            &request.nameservers,
         ))
         .map_err(|error| format!("cannot describe the root: {error}"))?;
         Ok(Self {

@@ -57,14 +57,6 @@ pub(crate) fn empty(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Resul
     Ok(target.path)
 }
 
-/// Returns true if `path` resolves to a regular file of the root.
-pub(crate) fn is_file(root: &OwnedFd, path: &Path) -> bool {
-    let found = resolve(root, Path::new(""), path).and_then(|path| Ok(find(root, &path)?));
-    found
-        .and_then(|found| Ok(fstat(found)?))
-        .is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::RegularFile)
-}
-
 /// Finds or creates the file that is used for `path`.
 fn resolve_target(root: &OwnedFd, path: &Path, taken: &[PathBuf]) -> io::Result<Place> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {

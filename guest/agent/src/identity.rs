@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::{self, File};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use sm_guest_proto::control::{AttachRoot, IdentityReport, Refresh};
 use thiserror::Error;
 
+use crate::names::{are_hosts, hosts_file, is_hostname, resolv_conf};
 use crate::root::{
     BOOT_ID, BOOT_ID_FILE, EPOCH, EPOCH_FILE, MACHINE_ID, MACHINE_ID_FILE, RESOLV_CONF_FILE,
     read_in,
@@ -68,7 +69,8 @@ pub(crate) struct Identity {
     /// `files`.
     root_machine_ids: Vec<File>,
     hostname: String,
-    extra_hosts: Vec<(String, String)>,
+    /// Further lines of `/etc/hosts`.
+    hosts: Vec<(String, String)>,
 }
 
 impl Identity {
@@ -81,7 +83,7 @@ impl Identity {
             machine_id: String::new(),
             root_machine_ids: Vec::new(),
             hostname: String::from("localhost"),
-            extra_hosts: Vec::new(),
+            hosts: Vec::new(),
         }
     }
 
@@ -90,7 +92,7 @@ impl Identity {
         &self.directory
     }
 
-    /// Gives the guest the identity in `refresh`. Absent parts remain unchanged.
+    /// Gives the guest the identity in `refresh`. Absent identifiers remain unchanged.
     pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Result<(), IdentityError> {
         // All parts are checked before any is changed.
         let mac = refresh.mac.as_deref().map(parse_mac).transpose()?;
@@ -106,6 +108,10 @@ impl Identity {
         if !refresh.epoch.is_empty() && !is_uuid(&refresh.epoch) {
             return Err(IdentityError::Malformed("epoch"));
         }
+        if !are_hosts(&refresh.hosts) {
+            return Err(IdentityError::Malformed("hosts"));
+        }
+        let servers = resolv_conf(&refresh.dns).ok_or(IdentityError::Malformed("dns"))?;
         if refresh.entropy.len() > 512 {
             return Err(IdentityError::Malformed("entropy"));
         }
@@ -118,9 +124,13 @@ impl Identity {
         if refresh.realtime_ns != 0 {
             step("set the clock", set_clock(refresh.realtime_ns))?;
         }
-        if !refresh.hostname.is_empty() {
-            self.set_hostname(&refresh.hostname)?;
-        }
+        let hostname = match refresh.hostname.as_str() {
+            "" => self.hostname.clone(),
+            name => name.to_owned(),
+        };
+        self.hosts.clone_from(&refresh.hosts);
+        self.set_hostname(&hostname)?;
+        step("write resolv.conf", self.write(RESOLV_CONF_FILE, &servers))?;
         if !refresh.machine_id.is_empty() {
             self.set_machine_id(&refresh.machine_id)?;
         }
@@ -144,26 +154,13 @@ impl Identity {
         if !plan.hostname.is_empty() && !is_hostname(&plan.hostname) {
             return Err(IdentityError::Malformed("hostname"));
         }
-        for (address, names) in &plan.extra_hosts {
-            if address.parse::<IpAddr>().is_err() || !names.split_whitespace().all(is_hostname) {
-                return Err(IdentityError::Malformed("extra_hosts"));
-            }
-        }
-        self.extra_hosts.clone_from(&plan.extra_hosts);
         let hostname = match plan.hostname.as_str() {
             "" => self.hostname.clone(),
             name => name.to_owned(),
         };
         self.set_hostname(&hostname)?;
-        let mut servers = String::new();
-        for server in &plan.nameservers {
-            if server.parse::<IpAddr>().is_err() {
-                return Err(IdentityError::Malformed("nameservers"));
-            }
-            servers += &format!("nameserver {server}\n");
-        }
-        if !servers.is_empty() {
-            step("write resolv.conf", self.write(RESOLV_CONF_FILE, &servers))?;
+        if !self.files.contains_key(RESOLV_CONF_FILE) {
+            step("write resolv.conf", self.write(RESOLV_CONF_FILE, ""))?;
         }
         // A host that never refreshes still gets identifiers of this boot.
         let kernels = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -254,7 +251,7 @@ impl Identity {
         )?;
         self.hostname = name.to_owned();
         step("write hostname", self.write_line("hostname", name))?;
-        let hosts = hosts_file(name, &self.extra_hosts);
+        let hosts = hosts_file(name, &self.hosts);
         step("write hosts", self.write("hosts", &hosts))
     }
 
@@ -289,20 +286,6 @@ fn rewrite(file: &File, text: &str) -> io::Result<()> {
     file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
 }
 
-fn hosts_file(hostname: &str, extra: &[(String, String)]) -> String {
-    let mut text = String::from(
-        "127.0.0.1\tlocalhost\n\
-         ::1\tlocalhost ip6-localhost ip6-loopback\n\
-         ff02::1\tip6-allnodes\n\
-         ff02::2\tip6-allrouters\n",
-    );
-    text += &format!("127.0.1.1\t{hostname}\n");
-    for (address, names) in extra {
-        text += &format!("{address}\t{names}\n");
-    }
-    text
-}
-
 fn is_hex(text: &str, len: usize) -> bool {
     text.len() == len
         && text
@@ -318,11 +301,6 @@ fn is_uuid(text: &str) -> bool {
             .iter()
             .zip(lengths)
             .all(|(part, len)| is_hex(part, len))
-}
-
-fn is_hostname(name: &str) -> bool {
-    let valid = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-    (1..=64).contains(&name.len()) && name.bytes().all(valid)
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], IdentityError> {
@@ -459,13 +437,6 @@ mod tests {
         assert_eq!(inode("machine-id"), before);
         let text = fs::read_to_string(directory.path().join("machine-id")).unwrap();
         assert_eq!(text, "short\n");
-    }
-
-    #[test]
-    fn hosts_names_the_guest_and_the_extra_hosts() {
-        let text = hosts_file("box", &[("10.0.0.1".into(), "db db.local".into())]);
-        assert!(text.contains("127.0.1.1\tbox\n"));
-        assert!(text.ends_with("10.0.0.1\tdb db.local\n"));
     }
 
     #[test]

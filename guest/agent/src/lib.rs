@@ -58,6 +58,7 @@ mod init;
 mod kernel_log;
 mod log;
 mod mounts;
+mod names;
 mod node;
 mod part;
 mod peer;

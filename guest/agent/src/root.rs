@@ -41,7 +41,7 @@ const DEFAULT_SHM: u64 = 64 << 20;
 const FILES: [(&str, &str); 3] = [
     ("hostname", "etc/hostname"),
     ("hosts", "etc/hosts"),
-    (RESOLV_CONF_FILE, RESOLV_CONF),
+    (RESOLV_CONF_FILE, "etc/resolv.conf"),
 ];
 
 /// The overlay's upper directory, in the file system for changes.
@@ -57,7 +57,6 @@ pub(crate) const RESOLV_CONF_FILE: &str = "resolv.conf";
 pub(crate) const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
 pub(crate) const MACHINE_ID: &str = "etc/machine-id";
 pub(crate) const EPOCH: &str = "run/sm-epoch";
-const RESOLV_CONF: &str = "etc/resolv.conf";
 const RUN: &str = "run";
 const EPOCH_NAME: &str = "sm-epoch";
 
@@ -136,12 +135,10 @@ pub(crate) fn assemble(
     .context(|| "open the new root".into())?;
     let tree = Tree { fd: root_fd };
     mount_kernel_file_systems(&tree, directory, plan)?;
-    let resolved = !plan.nameservers.is_empty();
-    let wanted = FILES
-        .into_iter()
-        .filter(|(_, target)| resolved || *target != RESOLV_CONF);
     // Links come last, because they may resolve to another of these files.
-    let (links, files): (Vec<_>, Vec<_>) = wanted.partition(|(_, target)| tree.is_link(target));
+    let (links, files): (Vec<_>, Vec<_>) = FILES
+        .into_iter()
+        .partition(|(_, target)| tree.is_link(target));
     let run = bind::directory(&tree.fd, Path::new(RUN));
     let mut taken: Vec<_> = run.iter().map(|run| run.path.join(EPOCH_NAME)).collect();
     tree.mount_files(identity, &files, &taken);
@@ -154,12 +151,6 @@ pub(crate) fn assemble(
     let (path, machine_id) = machine_id.unzip();
     taken.extend(path);
     tree.mount_files(identity, &links, &taken);
-    let resolv_conf = Path::new(RESOLV_CONF);
-    if !resolved && !bind::is_file(&tree.fd, resolv_conf) {
-        // Programs expect the file to exist and to be writable.
-        let mounted = bind::empty(&tree.fd, resolv_conf, &taken);
-        crate::log::note_failure(RESOLV_CONF, mounted);
-    }
     let mounted = run.and_then(|run| tree.mount_epoch(identity, &run, plan.read_only));
     crate::log::note_failure(EPOCH, mounted);
     tree.mount_boot_id(&identity.join(BOOT_ID_FILE))?;

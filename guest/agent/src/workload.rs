@@ -470,8 +470,6 @@ mod tests {
             lower: "/".into(),
             upper: Upper::Tmpfs { size: 1 },
             hostname: "box".into(),
-            extra_hosts: Vec::new(),
-            nameservers: Vec::new(),
             shm_size: 1,
             read_only: false,
         };

@@ -11,6 +11,8 @@
 //! again: HELLO, REFRESH (with [`Refresh::vmgenid_wait_ms`]), and THAW only after the
 //! refresh succeeded.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::base64_bytes;
@@ -111,9 +113,53 @@ pub struct Refresh {
     pub boot_id: String,
     /// MAC address for the network interface, when there is one.
     pub mac: Option<String>,
+    /// Configuration of the network interface. When absent, the guest has the loopback
+    /// interface only.
+    pub network: Option<GuestNetwork>,
+    /// Contents of `/etc/resolv.conf`, which replaces the image's file.
+    pub dns: GuestDns,
+    /// Further lines of `/etc/hosts`: address, then names separated by spaces. At most 1,024.
+    pub hosts: Vec<(String, String)>,
     /// Maximum time that the answer waits for the kernel to process a new VM generation
     /// ID, in milliseconds. Set after a restore; with 0 the answer does not wait.
     pub vmgenid_wait_ms: u32,
+}
+
+/// Configuration of a guest's network interface, which replaces the previous one. The
+/// device has its link up before a host sends it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNetwork {
+    /// Maximum size of a packet in bytes, without the Ethernet header; at least 68, and
+    /// 1,280 for IPv6.
+    pub mtu: u16,
+    /// At most 16.
+    pub addresses: Vec<GuestAddress>,
+    /// MAC address of the gateways.
+    pub gateway_mac: String,
+}
+
+/// Address of a [`GuestNetwork`]. It is usable at once, without a search for duplicates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestAddress {
+    /// Address of the interface.
+    pub address: IpAddr,
+    /// Length of the network's prefix in bits.
+    pub prefix: u8,
+    /// Target of the default route of this family, in the same network.
+    #[serde(default)]
+    pub gateway: Option<IpAddr>,
+}
+
+/// Settings of the resolver, as in resolv.conf(5).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestDns {
+    /// Name servers, at most 16.
+    pub nameservers: Vec<IpAddr>,
+    /// Domains in which names are searched, at most 32.
+    pub search: Vec<String>,
+    /// Options such as `ndots:1`, at most 32.
+    pub options: Vec<String>,
 }
 
 /// Creation of a container: assembly of its root file system.
@@ -127,11 +173,6 @@ pub struct AttachRoot {
     pub upper: Upper,
     /// Host name, also written to `/etc/hosts`.
     pub hostname: String,
-    /// Further lines for `/etc/hosts`: address, then names.
-    pub extra_hosts: Vec<(String, String)>,
-    /// Name servers for `/etc/resolv.conf`. When empty, the image's file is kept; one is
-    /// created if the image has none.
-    pub nameservers: Vec<String>,
     /// Size of `/dev/shm` in bytes; 64 MiB when 0.
     pub shm_size: u64,
     /// Mount the root read-only, without an upper layer.
@@ -342,6 +383,19 @@ mod tests {
             },
             request
         );
+    }
+
+    #[test]
+    fn parts_of_a_refresh_may_be_absent() {
+        let refresh: Refresh = serde_json::from_str(r#"{"hostname":"box"}"#).unwrap();
+        assert_eq!((refresh.network, refresh.hosts), (None, Vec::new()));
+        assert_eq!(refresh.dns, GuestDns::default());
+        let json = r#"{"network":{"mtu":1500,"gateway_mac":"02:00:00:00:00:01",
+            "addresses":[{"address":"fd73:6d00::2","prefix":64}]},
+            "dns":{"nameservers":["100.96.0.1"]}}"#;
+        let refresh: Refresh = serde_json::from_str(json).unwrap();
+        assert_eq!(refresh.network.unwrap().addresses[0].gateway, None);
+        assert_eq!(refresh.dns.nameservers.len(), 1);
     }
 
     #[test]

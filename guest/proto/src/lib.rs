@@ -35,7 +35,7 @@ pub mod privileges;
 ///
 /// The two sides exchange it in a HELLO before any other message. A peer answers an
 /// unknown version with an error message, never by closing the connection silently.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Ports and context identifiers of the vsock address space.
 pub mod port {

@@ -4,7 +4,7 @@
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use sm_guest_proto::control::{ControlReply, ControlRequest, Refresh};
+use sm_guest_proto::control::{ControlReply, ControlRequest, GuestDns, Refresh};
 
 use crate::client::{run, shell};
 use crate::lifecycle::identity_report;
@@ -24,8 +24,8 @@ pub(crate) const TESTS: &[Test] = &[
         identity_files_that_link_to_each_other,
     ),
     (
-        "a_resolv_conf_exists_with_every_image",
-        a_resolv_conf_exists_with_every_image,
+        "names_are_those_of_the_last_refresh",
+        names_are_those_of_the_last_refresh,
     ),
 ];
 
@@ -98,55 +98,73 @@ fn identity_survives_the_actions_of_systemd() {
 }
 
 /// Starts an agent with the image that `build` creates.
-fn with_image(build: impl FnOnce(&Path), nameservers: &[&str]) -> Agent {
+fn with_image(build: impl FnOnce(&Path)) -> Agent {
     let agent = Agent::bare();
     let image = tempfile::tempdir().unwrap();
     std::fs::create_dir(image.path().join("etc")).unwrap();
     build(image.path());
     let mut plan = agent.plan();
     plan.lower = image.path().to_str().unwrap().into();
-    plan.nameservers = nameservers
-        .iter()
-        .map(|&server| server.to_owned())
-        .collect();
     let attached = agent.control().ask(&ControlRequest::AttachRoot(plan));
     assert_eq!(attached, ControlReply::Done);
     agent
 }
 
-fn a_resolv_conf_exists_with_every_image() {
-    const PATH: &str = "etc/resolv.conf";
-    type Build = fn(&Path);
-    let nothing = "";
-    let images: [(Build, &str); 5] = [
-        (|_| {}, nothing),
-        (
-            |image| std::fs::write(image.join(PATH), "search own").unwrap(),
-            "search own",
-        ),
-        (
-            |image| symlink("/run/systemd/resolve/stub-resolv.conf", image.join(PATH)).unwrap(),
-            nothing,
-        ),
-        (
-            |image| std::fs::create_dir(image.join(PATH)).unwrap(),
-            nothing,
-        ),
-        (
-            |image| {
-                std::fs::create_dir(image.join("lib")).unwrap();
-                std::fs::write(image.join("lib/resolv.conf"), "search linked").unwrap();
-                symlink("../lib/resolv.conf", image.join(PATH)).unwrap();
-            },
-            "search linked",
-        ),
+fn named(nameservers: &[&str]) -> ControlRequest {
+    let nameservers = nameservers.iter().map(|server| server.parse().unwrap());
+    ControlRequest::Refresh(Refresh {
+        dns: GuestDns {
+            nameservers: nameservers.collect(),
+            search: vec!["corp.example".into()],
+            options: vec!["ndots:2".into()],
+        },
+        hosts: vec![("10.1.2.3".into(), "other other.example".into())],
+        ..Refresh::default()
+    })
+}
+
+fn names_are_those_of_the_last_refresh() {
+    const PATHS: [&str; 2] = ["etc/resolv.conf", "etc/hosts"];
+    type Build = fn(&Path, &str);
+    let images: [Build; 7] = [
+        |_, _| {},
+        |image, path| std::fs::write(image.join(path), "search own").unwrap(),
+        |image, path| symlink("/run/systemd/resolve/stub-resolv.conf", image.join(path)).unwrap(),
+        |image, path| symlink("/etc/dangling", image.join(path)).unwrap(),
+        |image, path| symlink("/dev/null", image.join(path)).unwrap(),
+        |image, path| std::fs::create_dir(image.join(path)).unwrap(),
+        |image, path| {
+            std::fs::create_dir(image.join("lib")).unwrap();
+            std::fs::write(image.join("lib/linked"), "search linked").unwrap();
+            symlink("../lib/linked", image.join(path)).unwrap();
+        },
     ];
-    for (number, (build, own)) in images.into_iter().enumerate() {
-        let agent = with_image(build, &[]);
-        assert_eq!(agent.text(PATH), own, "{number}");
-        let agent = with_image(build, &["10.9.9.9", "fe80::9"]);
-        let asked_for = "nameserver 10.9.9.9\nnameserver fe80::9\n";
-        assert_eq!(agent.text(PATH), asked_for, "{number}");
+    for (number, build) in images.into_iter().enumerate() {
+        for path in PATHS {
+            let agent = with_image(|image| build(image, path));
+            let [resolv_conf, hosts] = PATHS.map(|path| agent.text(path));
+            assert_eq!(resolv_conf, "", "{number} {path}");
+            assert!(hosts.starts_with("127.0.0.1\tlocalhost\n::1\tlocalhost "));
+            agent.control().ask(&named(&["10.9.9.9", "fe80::9"]));
+            let [resolv_conf, hosts] = PATHS.map(|path| agent.text(path));
+            let expected = "nameserver 10.9.9.9\nnameserver fe80::9\nsearch corp.example\n\
+                            options ndots:2\n";
+            assert_eq!(resolv_conf, expected, "{number} {path}");
+            let last = hosts.lines().last();
+            assert_eq!(
+                last,
+                Some("10.1.2.3\tother other.example"),
+                "{number} {path}"
+            );
+            // The workload's own content does not outlive the next refresh.
+            agent.overwrite(path, "search mine\n");
+            assert_eq!(agent.text(path), "search mine\n");
+            agent.control().ask(&named(&[]));
+            let [resolv_conf, hosts] = PATHS.map(|path| agent.text(path));
+            let expected = "search corp.example\noptions ndots:2\n";
+            assert_eq!(resolv_conf, expected, "{number} {path}");
+            assert!(hosts.contains("127.0.1.1\tbox\n"), "{number} {path}");
+        }
     }
 }
 
@@ -158,13 +176,14 @@ fn identity_files_that_link_to_each_other() {
         .flat_map(|name| targets.clone().map(move |target| (name, target)))
         .filter(|(name, target)| name != target)
     {
-        let agent = with_image(
-            |image| symlink(target, image.join("etc").join(name)).unwrap(),
-            &["10.9.9.9"],
-        );
+        let agent = with_image(|image| symlink(target, image.join("etc").join(name)).unwrap());
         let refresh = Refresh {
             machine_id: "89abcdef0123456789abcdef01234567".into(),
             hostname: "clone".into(),
+            dns: GuestDns {
+                nameservers: vec!["10.9.9.9".parse().unwrap()],
+                ..GuestDns::default()
+            },
             ..Refresh::default()
         };
         agent.control().ask(&ControlRequest::Refresh(refresh));

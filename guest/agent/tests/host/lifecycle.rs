@@ -360,7 +360,7 @@ fn main_is_pid_one_and_survives_its_client() {
     let mut main = attach_main(agent.path());
     assert_eq!(
         main.next_kind(FrameType::Control),
-        br#"{"hello":{"protocol":2}}"#
+        br#"{"hello":{"protocol":3}}"#
     );
     assert_eq!(
         main.next_kind(FrameType::Control),

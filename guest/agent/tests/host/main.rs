@@ -114,8 +114,6 @@ impl Agent {
             lower: "/".into(),
             upper: Upper::Tmpfs { size: 64 << 20 },
             hostname: "box".into(),
-            extra_hosts: vec![("10.1.2.3".into(), "other".into())],
-            nameservers: vec!["10.9.9.9".into()],
             shm_size: 1 << 20,
             read_only: false,
         }
@@ -131,17 +129,25 @@ impl Agent {
 
     /// Returns the contents of the file `path` for a process of the workload.
     pub(crate) fn text(&self, path: &str) -> String {
+        let mut text = String::new();
+        let mut file = self.open(path, OFlags::RDONLY);
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Replaces the contents of the file `path` as a process of the workload.
+    pub(crate) fn overwrite(&self, path: &str, text: &str) {
+        let mut file = self.open(path, OFlags::WRONLY | OFlags::TRUNC);
+        file.write_all(text.as_bytes()).unwrap();
+    }
+
+    fn open(&self, path: &str, flags: OFlags) -> fs::File {
         let procs = fs::read_to_string(self.cgroup.join("containers/main/cgroup.procs")).unwrap();
         let root = format!("/proc/{}/root", procs.lines().next().unwrap());
-        let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let root = rustix::fs::open(root, flags, Mode::empty()).unwrap();
+        let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
         let resolve = ResolveFlags::IN_ROOT;
-        let file = openat2(root, path, OFlags::RDONLY, Mode::empty(), resolve);
-        let mut text = String::new();
+        let file = openat2(root, path, flags, Mode::empty(), resolve);
         fs::File::from(file.unwrap())
-            .read_to_string(&mut text)
-            .unwrap();
-        text
     }
 
     /// Waits for the agent to exit by itself. Returns true if it succeeded.
