@@ -9,6 +9,7 @@
 //! | module | idea |
 //! |---|---|
 //! | `config`, `stats` | addresses and limits; counters |
+//! | `handle` | changes of an engine that runs |
 //! | `link` | the way from and to the guest |
 //! | `egress` | the decision about each flow |
 //! | `tcp`, `udp`, `echo` | flows |
@@ -29,6 +30,8 @@ mod echo;
 mod egress;
 mod flow;
 mod fragments;
+mod handle;
+mod journal;
 mod link;
 mod output;
 mod sequence;
@@ -49,6 +52,8 @@ use self::dns::DnsProxy;
 use self::echo::Echoes;
 use self::flow::{DNS_PORT, FlowKey, TokenKind, parse_token, token};
 use self::fragments::Fragments;
+use self::handle::Control;
+use self::journal::Journal;
 use self::output::{Framer, Output};
 use self::tcp::TcpFlows;
 use self::turn::Turn;
@@ -60,9 +65,9 @@ use crate::wire::{
 };
 
 pub use self::backend::EngineBackend;
-pub use self::config::{EngineConfig, EngineLimits};
-pub use self::dns::NameServers;
+pub use self::config::{EngineConfig, EngineLimits, NameServers};
 pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
+pub use self::handle::EngineHandle;
 pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
 pub use self::stats::EngineStats;
 
@@ -86,6 +91,8 @@ pub struct NetEngine {
     dns: DnsProxy,
     fragments: Fragments,
     fragments_timer: Option<Timer>,
+    control: Control,
+    journal: Journal,
     /// Ethernet address of the guest, from its frames.
     guest: MacAddress,
 }
@@ -102,7 +109,9 @@ impl std::fmt::Debug for NetEngine {
 impl NetEngine {
     /// Creates a gateway, which uses neither descriptors nor memory for flows yet.
     #[must_use]
-    pub fn new(config: EngineConfig, policy: Box<dyn EgressPolicy>) -> Self {
+    pub fn new(config: EngineConfig, mut policy: Box<dyn EgressPolicy>) -> Self {
+        let control = Control::new();
+        policy.attached(control.handle());
         Self {
             config,
             policy,
@@ -114,6 +123,8 @@ impl NetEngine {
             dns: DnsProxy::new(config.limits.lookups),
             fragments: Fragments::new(config.limits),
             fragments_timer: None,
+            control,
+            journal: Journal::default(),
             guest: MacAddress::BROADCAST,
         }
     }
@@ -149,6 +160,7 @@ impl NetEngine {
             policy: &mut *self.policy,
             stats: &mut self.stats,
             answers: &mut self.answers,
+            journal: &mut self.journal,
             registry,
             guest: self.guest,
             now,
@@ -166,6 +178,7 @@ impl NetEngine {
     /// Takes a frame of the guest. What it causes to be sent to the guest is sent by
     /// [`Self::serve`].
     pub fn guest_frame(&mut self, frame: &dyn GuestFrame, registry: &mut dyn Registry) {
+        self.apply(registry);
         self.stats.frames_from_guest += 1;
         self.stats.bytes_from_guest += frame.len() as u64;
         let mut head = [0; HEAD];
@@ -278,6 +291,7 @@ impl NetEngine {
         let Some((kind, slot)) = parse_token(token) else {
             return;
         };
+        self.apply(registry);
         if kind == TokenKind::Fragments {
             self.fragments_timer = None;
             if let Some(at) = self.fragments.expire(registry.now()) {
@@ -295,7 +309,7 @@ impl NetEngine {
             TokenKind::EchoTimer => flows.echoes.timer(&mut turn),
             TokenKind::Dns => flows.dns.host_ready(&mut turn, slot),
             TokenKind::DnsTimer => flows.dns.timer(&mut turn),
-            TokenKind::Serve | TokenKind::Fragments => {}
+            TokenKind::Serve | TokenKind::Fragments | TokenKind::Handle => {}
         }
     }
 
@@ -304,6 +318,14 @@ impl NetEngine {
     pub fn serve(&mut self, link: &mut dyn GuestLink, registry: &mut dyn Registry) {
         if self.send_all(link, registry) == Ok(true) {
             registry.call_again(token(TokenKind::Serve, 0));
+        }
+        self.report();
+    }
+
+    /// Notifies the policy of flows that have ended.
+    fn report(&mut self) {
+        while let Some(ended) = self.journal.take_ended() {
+            self.policy.flow_ended(&ended);
         }
     }
 
@@ -321,11 +343,12 @@ impl NetEngine {
                 guest: self.guest,
             },
             stats: &mut self.stats,
+            journal: &mut self.journal,
             now: registry.now(),
         };
         for _ in 0..VISITS {
             self.answers.serve(&mut output)?;
-            let tcp = self.tcp.serve(&mut output, &mut self.answers, registry)?;
+            let tcp = self.tcp.serve(&mut output, registry)?;
             self.dns.serve(&mut output)?;
             let udp = self.udp.serve(&mut output, &mut self.answers)?;
             let echoes = self.echoes.serve(&mut output)?;
@@ -353,13 +376,16 @@ impl NetEngine {
     pub fn reset(&mut self, mut registry: Option<&mut (dyn Registry + '_)>) {
         self.answers.clear();
         self.fragments.clear();
-        self.tcp.clear(registry.as_deref_mut());
-        self.udp.clear(registry.as_deref_mut());
+        self.stop_control(registry.as_deref_mut());
+        let journal = &mut self.journal;
+        self.tcp.clear(registry.as_deref_mut(), journal);
+        self.udp.clear(registry.as_deref_mut(), journal);
         self.echoes.clear(registry.as_deref_mut());
         self.dns.clear(registry.as_deref_mut());
         if let (Some(registry), Some(timer)) = (registry, self.fragments_timer.take()) {
             registry.cancel_timer(timer);
         }
+        self.report();
     }
 }
 

@@ -33,6 +33,7 @@
 
 mod address;
 mod gate;
+mod host;
 mod pins;
 mod rule;
 
@@ -43,7 +44,8 @@ use std::time::Instant;
 use crate::engine::FlowProtocol;
 
 pub use self::address::{AddressClass, HostAddresses, effective_address};
-pub use self::gate::{PolicyGate, RefusalObserver, local_addresses};
+pub use self::gate::{PolicyGate, PolicyHandle, RefusalObserver};
+pub use self::host::local_addresses;
 pub use self::pins::DnsPins;
 pub use self::rule::{AddressRange, NamePattern, NetRule, NetRuleError, RuleTarget};
 

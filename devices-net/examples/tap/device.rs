@@ -148,6 +148,7 @@ impl EventHandler for TapGateway {
     fn start(&mut self, registry: &mut dyn Registry) -> io::Result<()> {
         if let Some(tap) = self.new.take() {
             self.tap = Some(registry.add(tap, TAP, Interest::READ)?);
+            self.engine.started(registry);
         }
         Ok(())
     }

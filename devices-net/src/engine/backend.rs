@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
 
 use super::flow::{FlowKey, TokenKind, token};
 use super::link::{GuestLink as _, LinkOffloads, RingLink};
-use super::{EngineStats, NetEngine};
+use super::{EngineHandle, EngineStats, NetEngine};
 use crate::backend::{NetBackend, NetFrame};
 use crate::header::NetHeader;
 use crate::receive::ReceiveRing;
@@ -46,6 +46,12 @@ impl EngineBackend {
         }
     }
 
+    /// Returns a handle that changes the engine while it runs.
+    #[must_use]
+    pub fn handle(&self) -> EngineHandle {
+        self.engine.handle()
+    }
+
     /// Returns the counters of the engine.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
@@ -75,6 +81,7 @@ impl NetBackend for EngineBackend {
             tso_v6: has(VIRTIO_NET_F_GUEST_TSO6),
         };
         self.paused = false;
+        self.engine.started(registry);
         // Events may have come during the pause.
         registry.call_again(token(TokenKind::Serve, 0));
     }

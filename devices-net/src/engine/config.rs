@@ -1,6 +1,7 @@
-//! Addresses and limits of an engine.
+//! Addresses, name servers and limits of an engine.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::wire::MacAddress;
@@ -73,6 +74,16 @@ impl EngineConfig {
             IpAddr::V6(_) => self.gateway_v6.into(),
         }
     }
+}
+
+/// The name servers of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NameServers {
+    /// These.
+    Fixed(Vec<SocketAddr>),
+    /// Those of a file in the format of `resolv.conf`, which is read again when it changes.
+    File(PathBuf),
 }
 
 /// Limits of an engine, whatever its guest and the guest's peers do.

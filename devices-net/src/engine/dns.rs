@@ -11,13 +11,13 @@ use std::io::Read as _;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use sm_event_loop::{Interest, Registered, Registry, SlotQueue, Timer};
 
+use super::config::NameServers;
 use super::flow::{DNS_PORT, FlowKey, TokenKind, token};
 use super::link::{GuestFrame, LinkFull};
 use super::output::Output;
@@ -38,16 +38,6 @@ const TIMEOUT: Duration = Duration::from_millis(4500);
 const MAX_FILE: u64 = 64 << 10;
 /// Response codes of servers that cannot answer: another may.
 const UNABLE: [u8; 3] = [2, 4, 5];
-
-/// The name servers of the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum NameServers {
-    /// These.
-    Fixed(Vec<SocketAddr>),
-    /// Those of a file in the format of `resolv.conf`, which is read again when it changes.
-    File(PathBuf),
-}
 
 /// The identity of a file's content: device, number, length and time of the last change.
 type Stamp = (u64, u64, u64, i64, i64);
@@ -360,6 +350,17 @@ impl DnsProxy {
                 self.refuse(lookup.key, lookup.question, code);
             }
             None => self.recycle(lookup.question),
+        }
+    }
+
+    /// Asks the policy about each name again, and refuses those that it prohibits now.
+    pub(crate) fn judge_again(&mut self, turn: &mut Turn<'_>) {
+        for index in 0..self.lookups.len() {
+            let lookup = self.lookups.get(index).and_then(Option::as_ref);
+            if lookup.is_some_and(|lookup| !turn.policy.may_resolve(&lookup.name)) {
+                let slot = u32::try_from(index).unwrap_or(u32::MAX);
+                self.finish(turn.registry, slot, Some(ResponseCode::NoSuchName));
+            }
         }
     }
 

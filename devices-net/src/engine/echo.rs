@@ -222,6 +222,16 @@ impl Echoes {
         Ok(())
     }
 
+    /// Asks the policy about each request again, and forgets those that it prohibits now.
+    pub(crate) fn judge_again(&mut self, turn: &mut Turn<'_>) {
+        self.requests.retain(|request| {
+            turn.may_continue(&EgressRequest {
+                protocol: FlowProtocol::Echo,
+                destination: request.key.remote,
+            })
+        });
+    }
+
     pub(crate) fn host_ready(&mut self, slot: u32) {
         if let Some(Some(socket)) = self.sockets.get_mut(slot as usize) {
             socket.readable = true;

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use super::handle::EngineHandle;
+
 /// The transport of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -36,8 +38,29 @@ pub enum EgressVerdict {
 
 /// A policy, which is asked once for each flow, before a host socket exists.
 pub trait EgressPolicy: Send {
+    /// Called when an engine takes the policy. One whose rules change calls
+    /// [`EngineHandle::judge_again`] then.
+    fn attached(&mut self, engine: EngineHandle) {
+        let _ = engine;
+    }
+
     /// Decides about a flow.
     fn judge(&mut self, request: &EgressRequest) -> EgressVerdict;
+
+    /// Returns true if a flow that was allowed may go on. [`Self::judge`] decides by default.
+    fn may_continue(&mut self, request: &EgressRequest) -> bool {
+        self.judge(request) != EgressVerdict::Prohibit
+    }
+
+    /// Called when a flow of TCP or UDP exists that was allowed.
+    fn flow_opened(&mut self, request: &EgressRequest) {
+        let _ = request;
+    }
+
+    /// Called when that flow has ended.
+    fn flow_ended(&mut self, request: &EgressRequest) {
+        let _ = request;
+    }
 
     /// Returns true if the guest may ask for records of a name, which is in lower case. All
     /// names may be asked for by default.

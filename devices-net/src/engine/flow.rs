@@ -48,11 +48,13 @@ pub(crate) enum TokenKind {
     Dns,
     /// The timer of all these questions.
     DnsTimer,
+    /// Changes by handles.
+    Handle,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 10] = [
+const KINDS: [TokenKind; 11] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -63,6 +65,7 @@ const KINDS: [TokenKind; 10] = [
     TokenKind::Fragments,
     TokenKind::Dns,
     TokenKind::DnsTimer,
+    TokenKind::Handle,
 ];
 
 /// Returns the token of a slot.

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::config::EngineConfig;
 use super::flow::FlowKey;
+use super::journal::Journal;
 use super::link::{GuestLink, LinkFull};
 use super::stats::EngineStats;
 use crate::header::{GsoType, NetHeader};
@@ -90,6 +91,7 @@ pub(crate) struct Output<'a> {
     pub(crate) link: &'a mut dyn GuestLink,
     pub(crate) framer: Framer<'a>,
     pub(crate) stats: &'a mut EngineStats,
+    pub(crate) journal: &'a mut Journal,
     pub(crate) now: Instant,
 }
 

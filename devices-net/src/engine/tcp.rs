@@ -27,6 +27,7 @@ use self::flow::TcpFlow;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{FlowKey, TokenKind, token};
+use super::journal::Journal;
 use super::link::GuestFrame;
 use super::output::largest_segment;
 use super::socket::{self, Failure};
@@ -112,14 +113,12 @@ impl TcpFlows {
         if self.connecting >= self.limits.tcp_connecting {
             return turn.limited("pending TCP connections", &key);
         }
-        let verdict = turn.judge(&EgressRequest {
-            protocol: FlowProtocol::Tcp,
-            destination: key.remote,
-        });
+        let request = request(&key);
+        let verdict = turn.judge(&request);
         let failure = match verdict {
             EgressVerdict::Prohibit => Failure::Unreachable(IcmpUnreachable::Prohibited),
             EgressVerdict::Connect(address) => match self.connect(turn, key, segment, address) {
-                Ok(()) => return,
+                Ok(()) => return turn.policy.flow_opened(&request),
                 Err(failure) => {
                     turn.stats.tcp_failed += 1;
                     failure
@@ -183,7 +182,7 @@ impl TcpFlows {
         if effect.reset {
             // The peer gets a reset, too.
             let _ = sockopt::set_socket_linger(&*flow.socket, Some(Duration::ZERO));
-            return self.remove(turn.registry, slot);
+            return self.remove(turn.registry, turn.journal, slot);
         }
         if effect.refused.is_some() {
             return refuse(turn, &flow.key, segment);
@@ -282,12 +281,36 @@ impl TcpFlows {
         self.ready.push_back(slot);
     }
 
+    /// Asks the policy about each flow again, and ends those that it prohibits now.
+    pub(crate) fn judge_again(&mut self, turn: &mut Turn<'_>) {
+        for slot in self.table.slots() {
+            let Some(flow) = self.table.get_mut(slot) else {
+                continue;
+            };
+            if turn.may_continue(&request(&flow.key)) {
+                continue;
+            }
+            // The peer gets a reset, too.
+            let _ = sockopt::set_socket_linger(&*flow.socket, Some(Duration::ZERO));
+            if flow.control.phase == Phase::Connecting {
+                // The guest repeats its SYN, and that is prohibited.
+                self.remove(turn.registry, turn.journal, slot);
+            } else {
+                flow.host.prohibited = true;
+                flow.host.failed = true;
+                flow.to_host.clear(&mut self.store);
+                self.ready.push_back(slot);
+            }
+        }
+    }
+
     /// Removes a flow without a word to the guest.
-    fn remove(&mut self, registry: &mut dyn Registry, slot: u32) {
+    fn remove(&mut self, registry: &mut dyn Registry, journal: &mut Journal, slot: u32) {
         self.ready.remove(slot);
         let Some(flow) = self.table.remove(slot) else {
             return;
         };
+        journal.ended(FlowProtocol::Tcp, &flow.key);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
             self.connecting -= 1;
         }
@@ -300,16 +323,32 @@ impl TcpFlows {
     }
 
     /// Removes all flows. Without a registry the event loop has ended.
-    pub(crate) fn clear(&mut self, mut registry: Option<&mut (dyn Registry + '_)>) {
+    pub(crate) fn clear(
+        &mut self,
+        mut registry: Option<&mut (dyn Registry + '_)>,
+        journal: &mut Journal,
+    ) {
         for slot in self.table.slots() {
             match registry.as_deref_mut() {
-                Some(registry) => self.remove(registry, slot),
-                None => drop(self.table.remove(slot)),
+                Some(registry) => self.remove(registry, journal, slot),
+                None => {
+                    if let Some(flow) = self.table.remove(slot) {
+                        journal.ended(FlowProtocol::Tcp, &flow.key);
+                    }
+                }
             }
         }
         if registry.is_none() {
             *self = Self::new(self.limits);
         }
+    }
+}
+
+/// The question to the policy about a flow.
+fn request(key: &FlowKey) -> EgressRequest {
+    EgressRequest {
+        protocol: FlowProtocol::Tcp,
+        destination: key.remote,
     }
 }
 

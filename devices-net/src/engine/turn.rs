@@ -9,6 +9,7 @@ use super::answers::Answers;
 use super::config::EngineConfig;
 use super::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{DNS_PORT, FlowKey};
+use super::journal::Journal;
 use super::output::Framer;
 use super::stats::EngineStats;
 use crate::wire::{IcmpUnreachable, IpProtocol, MacAddress, QUOTED_TRANSPORT};
@@ -19,6 +20,7 @@ pub(crate) struct Turn<'a> {
     pub(crate) policy: &'a mut dyn EgressPolicy,
     pub(crate) stats: &'a mut EngineStats,
     pub(crate) answers: &'a mut Answers,
+    pub(crate) journal: &'a mut Journal,
     pub(crate) registry: &'a mut dyn Registry,
     /// Ethernet address of the guest.
     pub(crate) guest: MacAddress,
@@ -49,6 +51,14 @@ impl Turn<'_> {
             self.stats.prohibited += 1;
         }
         verdict
+    }
+
+    /// Asks the policy about a flow that it has allowed before.
+    pub(crate) fn may_continue(&mut self, request: &EgressRequest) -> bool {
+        match self.name_server.is_some() && self.is_name_server(request) {
+            true => !self.policy.restricts_names(),
+            false => self.policy.may_continue(request),
+        }
     }
 
     fn is_name_server(&self, request: &EgressRequest) -> bool {

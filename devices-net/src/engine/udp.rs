@@ -12,6 +12,7 @@ use super::answers::Answers;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{FlowKey, TokenKind, token};
+use super::journal::Journal;
 use super::link::{GuestFrame, LinkFull};
 use super::output::Output;
 use super::socket::{self, Failure};
@@ -133,10 +134,8 @@ impl UdpFlows {
     }
 
     fn open(&mut self, turn: &mut Turn<'_>, key: FlowKey) -> Result<u32, Failure> {
-        let verdict = turn.judge(&EgressRequest {
-            protocol: FlowProtocol::Udp,
-            destination: key.remote,
-        });
+        let request = request(&key);
+        let verdict = turn.judge(&request);
         let EgressVerdict::Connect(address) = verdict else {
             return Err(Failure::Unreachable(IcmpUnreachable::Prohibited));
         };
@@ -144,7 +143,7 @@ impl UdpFlows {
             turn.limited("UDP flows", &key);
             let oldest = self.young.first().or_else(|| self.settled.first());
             let oldest = oldest.ok_or(Failure::Resources)?;
-            self.remove(turn.registry, oldest);
+            self.remove(turn.registry, turn.journal, oldest);
         }
         let socket = socket::connect_datagram(address).map_err(Failure::of)?;
         let slot = self.table.next_slot();
@@ -162,6 +161,7 @@ impl UdpFlows {
         });
         self.young.push_back(slot);
         self.arm(turn.registry);
+        turn.policy.flow_opened(&request);
         Ok(slot)
     }
 
@@ -208,7 +208,7 @@ impl UdpFlows {
         while let Some((end, slot)) = self.next_end()
             && end <= turn.now
         {
-            self.remove(turn.registry, slot);
+            self.remove(turn.registry, turn.journal, slot);
         }
         self.arm(turn.registry);
     }
@@ -293,26 +293,52 @@ impl UdpFlows {
         false
     }
 
-    fn remove(&mut self, registry: &mut dyn Registry, slot: u32) {
+    /// Asks the policy about each flow again, and ends those that it prohibits now.
+    pub(crate) fn judge_again(&mut self, turn: &mut Turn<'_>) {
+        for slot in self.table.slots() {
+            let flow = self.table.get(slot);
+            if flow.is_some_and(|flow| !turn.may_continue(&request(&flow.key))) {
+                self.remove(turn.registry, turn.journal, slot);
+            }
+        }
+    }
+
+    fn remove(&mut self, registry: &mut dyn Registry, journal: &mut Journal, slot: u32) {
         for queue in [&mut self.ready, &mut self.young, &mut self.settled] {
             queue.remove(slot);
         }
         if let Some(flow) = self.table.remove(slot) {
+            journal.ended(FlowProtocol::Udp, &flow.key);
             drop(registry.remove(flow.socket));
         }
     }
 
     /// Removes all flows. Without a registry the event loop has ended.
-    pub(crate) fn clear(&mut self, registry: Option<&mut (dyn Registry + '_)>) {
+    pub(crate) fn clear(
+        &mut self,
+        registry: Option<&mut (dyn Registry + '_)>,
+        journal: &mut Journal,
+    ) {
         if let Some(registry) = registry {
             for slot in self.table.slots() {
-                self.remove(registry, slot);
+                self.remove(registry, journal, slot);
             }
             if let Some(timer) = self.timer.take() {
                 registry.cancel_timer(timer);
             }
         }
+        for flow in self.table.iter() {
+            journal.ended(FlowProtocol::Udp, &flow.key);
+        }
         *self = Self::new(self.limits);
+    }
+}
+
+/// The question to the policy about a flow.
+fn request(key: &FlowKey) -> EgressRequest {
+    EgressRequest {
+        protocol: FlowProtocol::Udp,
+        destination: key.remote,
     }
 }
 

@@ -1,11 +1,13 @@
 //! A policy in front of an engine.
 
-use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::host::{HostWatch, local_addresses};
 use super::{DnsPins, HostAddresses, NetPolicy, PolicyVerdict, effective_address};
-use crate::engine::{EgressPolicy, EgressRequest, EgressVerdict, EngineConfig};
+use crate::engine::{EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineHandle};
 
 /// Names of addresses that are stored.
 const PINS: usize = 4096;
@@ -16,18 +18,71 @@ pub type RefusalObserver = Box<dyn FnMut(&EgressRequest, &PolicyVerdict) + Send>
 
 /// Asks a [`NetPolicy`] for an engine. The gateway's addresses stand for the loopback
 /// addresses of the host, so only a policy that allows the host has services there.
+///
+/// A [`PolicyHandle`] changes it while the engine has it.
 pub struct PolicyGate {
+    state: Arc<Mutex<GateState>>,
+    refused: RefusalObserver,
+}
+
+/// The part of a gate that its handles change.
+#[derive(Debug)]
+struct GateState {
     policy: NetPolicy,
     host: HostAddresses,
+    /// Notices changes of the host's addresses, if they are followed.
+    watch: Option<HostWatch>,
     pins: DnsPins,
     gateways: [IpAddr; 2],
-    refused: RefusalObserver,
+    /// The engine that asks.
+    engine: Option<EngineHandle>,
+}
+
+impl GateState {
+    fn set_host(&mut self, host: &[IpAddr]) {
+        self.host = HostAddresses::new([host, &self.gateways].concat());
+    }
+
+    /// Takes over the host's addresses if they have changed.
+    fn follow_host(&mut self) {
+        if self.watch.as_ref().is_some_and(HostWatch::has_changed) {
+            self.set_host(&local_addresses());
+        }
+    }
+
+    /// Decides about a flow to `destination`; the verdict is about the address that it reaches,
+    /// which is returned, too.
+    fn judge(&mut self, request: &EgressRequest) -> (PolicyVerdict, EgressRequest) {
+        self.follow_host();
+        let mut reached = *request;
+        let now = Instant::now();
+        let judge = |request: &EgressRequest| {
+            let destination = request.destination;
+            (self.policy).judge(request.protocol, destination, &self.host, &self.pins, now)
+        };
+        let mut verdict = judge(&reached);
+        let gateway = effective_address(reached.destination.ip());
+        if verdict.is_allowed() && self.gateways.contains(&gateway) {
+            reached.destination.set_ip(match gateway {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+            // A range around the gateway's address is not meant for the host.
+            verdict = judge(&reached);
+        }
+        (verdict, reached)
+    }
+}
+
+fn lock(state: &Mutex<GateState>) -> MutexGuard<'_, GateState> {
+    // A panic in the middle of a change leaves either the old rules or the new ones.
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl std::fmt::Debug for PolicyGate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PolicyGate")
-            .field("policy", &self.policy)
+            .field("policy", &lock(&self.state).policy)
             .finish_non_exhaustive()
     }
 }
@@ -37,18 +92,32 @@ impl PolicyGate {
     #[must_use]
     pub fn new(policy: NetPolicy, config: &EngineConfig, host: Vec<IpAddr>) -> Self {
         let gateways = [config.gateway_v4.into(), config.gateway_v6.into()];
-        Self {
+        let state = GateState {
             policy,
             host: HostAddresses::new([&host[..], &gateways].concat()),
+            watch: None,
             pins: DnsPins::new(PINS),
             gateways,
+            engine: None,
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
             refused: Box::new(|_, _| {}),
         }
     }
 
-    /// Replaces the addresses of the host, which may change while it runs.
-    pub fn set_host(&mut self, host: &[IpAddr]) {
-        self.host = HostAddresses::new([host, &self.gateways].concat());
+    /// Creates a gate that follows the addresses of the calling thread's network namespace, which
+    /// is to be that of the engine's thread. It notices a change before it judges the next flow,
+    /// at the cost of one system call for each flow and none for packets.
+    ///
+    /// # Errors
+    /// The kernel provides no socket for notifications.
+    pub fn following_host(policy: NetPolicy, config: &EngineConfig) -> io::Result<Self> {
+        // A change between the two is noticed.
+        let watch = HostWatch::open()?;
+        let gate = Self::new(policy, config, local_addresses());
+        lock(&gate.state).watch = Some(watch);
+        Ok(gate)
     }
 
     /// Sets the function that is called with each flow that is refused.
@@ -57,112 +126,107 @@ impl PolicyGate {
         self.refused = refused;
         self
     }
+
+    /// Returns a handle that changes this gate while an engine has it.
+    #[must_use]
+    pub fn handle(&self) -> PolicyHandle {
+        PolicyHandle {
+            state: Arc::clone(&self.state),
+        }
+    }
+}
+
+/// Changes a [`PolicyGate`] while an engine has it, from any thread. Clones change the same gate.
+#[derive(Clone, Debug)]
+pub struct PolicyHandle {
+    state: Arc<Mutex<GateState>>,
+}
+
+impl PolicyHandle {
+    /// Returns the policy.
+    #[must_use]
+    pub fn policy(&self) -> NetPolicy {
+        lock(&self.state).policy.clone()
+    }
+
+    /// Replaces the policy. It holds for the next flow; flows that exist are judged again, and
+    /// reset if it refuses them. Names of addresses are kept.
+    pub fn set_policy(&self, policy: NetPolicy) {
+        self.change(|state| state.policy = policy);
+    }
+
+    /// Replaces the addresses of the host, and has flows judged again. A gate that follows the
+    /// host replaces them at the next change.
+    pub fn set_host(&self, host: &[IpAddr]) {
+        self.change(|state| state.set_host(host));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut GateState)) {
+        let mut state = lock(&self.state);
+        change(&mut state);
+        let engine = state.engine.clone();
+        drop(state);
+        if let Some(engine) = engine {
+            engine.judge_again();
+        }
+    }
 }
 
 impl EgressPolicy for PolicyGate {
+    fn attached(&mut self, engine: EngineHandle) {
+        lock(&self.state).engine = Some(engine);
+    }
+
     fn judge(&mut self, request: &EgressRequest) -> EgressVerdict {
-        let mut destination = request.destination;
-        let now = Instant::now();
-        let judge = |destination| {
-            (self.policy).judge(request.protocol, destination, &self.host, &self.pins, now)
-        };
-        let mut verdict = judge(destination);
-        let gateway = effective_address(destination.ip());
-        if verdict.is_allowed() && self.gateways.contains(&gateway) {
-            destination.set_ip(match gateway {
-                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-            });
-            // A range around the gateway's address is not meant for the host.
-            verdict = judge(destination);
-        }
+        let (verdict, reached) = lock(&self.state).judge(request);
         if !verdict.is_allowed() {
             (self.refused)(request, &verdict);
             return EgressVerdict::Prohibit;
         }
-        EgressVerdict::Connect(destination)
+        EgressVerdict::Connect(reached.destination)
+    }
+
+    fn may_continue(&mut self, request: &EgressRequest) -> bool {
+        lock(&self.state).judge(request).0.is_allowed()
+    }
+
+    fn flow_opened(&mut self, request: &EgressRequest) {
+        lock(&self.state).pins.hold(request.destination.ip());
+    }
+
+    fn flow_ended(&mut self, request: &EgressRequest) {
+        lock(&self.state).pins.release(request.destination.ip());
     }
 
     fn may_resolve(&mut self, name: &str) -> bool {
-        self.policy.may_resolve(name)
+        lock(&self.state).policy.may_resolve(name)
     }
 
     fn resolved(&mut self, name: &str, address: IpAddr, ttl: u32) -> bool {
-        let accepted = self.policy.may_answer(address, &self.host);
+        let mut state = lock(&self.state);
+        state.follow_host();
+        let accepted = state.policy.may_answer(address, &state.host);
         if accepted {
-            self.pins.pin(name, address, ttl, Instant::now());
+            state.pins.pin(name, address, ttl, Instant::now());
         }
         accepted
     }
 
     fn may_answer(&mut self, address: IpAddr) -> bool {
-        self.policy.may_answer(address, &self.host)
+        let mut state = lock(&self.state);
+        state.follow_host();
+        state.policy.may_answer(address, &state.host)
     }
 
     fn restricts_names(&self) -> bool {
-        self.policy.has_names()
+        lock(&self.state).policy.has_names()
     }
-}
-
-/// Returns the addresses of the network interfaces in the calling thread's network namespace,
-/// as far as `/proc` has them.
-#[must_use]
-pub fn local_addresses() -> Vec<IpAddr> {
-    let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let v4 = parse_fib_trie(&read("/proc/thread-self/net/fib_trie"));
-    let v6 = parse_if_inet6(&read("/proc/thread-self/net/if_inet6"));
-    v4.into_iter().chain(v6).collect()
-}
-
-/// Parses the routing tables: a local address is in two lines, "|-- ADDRESS" and
-/// "/32 host LOCAL".
-fn parse_fib_trie(text: &str) -> Vec<IpAddr> {
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    let mut last: Option<IpAddr> = None;
-    for line in text.lines() {
-        let line = line.trim();
-        if let Some(address) = line.strip_prefix("|-- ") {
-            last = address.parse().ok();
-        } else if line.starts_with("/32 host LOCAL") {
-            addresses.extend(last);
-        }
-    }
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses
-}
-
-/// Parses the list of IPv6 addresses, each in 32 digits at the beginning of a line.
-fn parse_if_inet6(text: &str) -> Vec<IpAddr> {
-    let words = text.lines().filter_map(|line| line.split(' ').next());
-    let words = words.filter(|word| word.len() == 32);
-    let numbers = words.filter_map(|word| u128::from_str_radix(word, 16).ok());
-    numbers
-        .map(|number| Ipv6Addr::from(number).into())
-        .collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
-
     use super::*;
     use crate::engine::FlowProtocol;
-
-    #[test]
-    fn addresses_of_interfaces_are_read() {
-        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 0.0.0.0\n        /0 universe UNICAST\n\
-                    Local:\n     +-- 192.0.2.0/24 2 0 2\n        |-- 192.0.2.0\n           \
-                    /24 link UNICAST\n        |-- 192.0.2.2\n           /32 host LOCAL\n        \
-                    |-- 192.0.2.255\n           /32 link BROADCAST\n     |-- 127.0.0.1\n        \
-                    /32 host LOCAL\n     |-- 192.0.2.2\n           /32 host LOCAL\n";
-        let expected = ["127.0.0.1", "192.0.2.2"].map(|it| it.parse::<IpAddr>().unwrap());
-        assert_eq!(parse_fib_trie(trie), expected);
-        let inet6 = "00000000000000000000000000000001 01 80 10 80       lo\n\
-                     fd000000000000000000000000000002 02 40 00 82     eth0\nx\n";
-        let expected = ["::1", "fd00::2"].map(|it| it.parse::<IpAddr>().unwrap());
-        assert_eq!(parse_if_inet6(inet6), expected);
-    }
 
     #[test]
     fn the_gateway_is_the_loopback_interface_of_the_host() {

@@ -1,5 +1,6 @@
 //! Names for which the guest got an address.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ pub struct DnsPins {
     /// Addresses and numbers of pins by their ends.
     ends: BTreeMap<(Instant, u64), IpAddr>,
     next: u64,
+    /// Numbers of flows to addresses, whose names stay valid.
+    held: HashMap<IpAddr, u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -41,6 +44,22 @@ impl DnsPins {
             names: HashMap::new(),
             ends: BTreeMap::new(),
             next: 0,
+            held: HashMap::new(),
+        }
+    }
+
+    /// Keeps the names of an address valid until [`Self::release`] is called as often as this.
+    pub fn hold(&mut self, address: IpAddr) {
+        *self.held.entry(effective_address(address)).or_default() += 1;
+    }
+
+    /// Ends a [`Self::hold`] of an address.
+    pub fn release(&mut self, address: IpAddr) {
+        if let Entry::Occupied(mut held) = self.held.entry(effective_address(address)) {
+            *held.get_mut() -= 1;
+            if *held.get() == 0 {
+                held.remove();
+            }
         }
     }
 
@@ -93,7 +112,8 @@ impl DnsPins {
     /// Returns the names of an address, which is an [effective](effective_address) one.
     pub fn names(&self, address: IpAddr, now: Instant) -> impl Iterator<Item = &str> {
         let pins = self.names.get(&address).map_or(&[][..], Vec::as_slice);
-        let valid = pins.iter().filter(move |pin| now < pin.end);
+        let is_held = self.held.contains_key(&address);
+        let valid = pins.iter().filter(move |pin| is_held || now < pin.end);
         valid.map(|pin| pin.name.as_str())
     }
 
@@ -164,5 +184,15 @@ mod tests {
         );
         let other = IpAddr::from([198, 51, 100, 2]);
         assert_eq!(pins.names(other, start).collect::<Vec<_>>(), ["b.example"]);
+        // A flow to the address keeps its name.
+        let late = start + Duration::from_secs(86_400);
+        pins.hold(other);
+        pins.hold("::ffff:198.51.100.2".parse().unwrap());
+        pins.release(other);
+        assert_eq!(pins.names(other, late).count(), 1);
+        pins.release(other);
+        pins.release(other);
+        assert_eq!(pins.names(other, late).count(), 0);
+        assert!(pins.held.is_empty());
     }
 }

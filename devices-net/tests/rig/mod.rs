@@ -114,7 +114,7 @@ impl Rig {
     pub(crate) fn with_policy(
         config: EngineConfig,
         offloads: bool,
-        policy: impl FnOnce(Vec<IpAddr>) -> Box<dyn EgressPolicy>,
+        policy: impl FnOnce(Vec<IpAddr>) -> Box<dyn EgressPolicy> + Send,
     ) -> Option<Self> {
         let tun = File::open("/dev/net/tun")
             .err()
@@ -132,7 +132,7 @@ impl Rig {
             std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap();
             (EventLoop::spawn("network").unwrap(), local_addresses())
         });
-        let engine = NetEngine::new(config, policy(addresses));
+        let engine = inside(&internet, || NetEngine::new(config, policy(addresses)));
         let gateway = Arc::new(Mutex::new(TapGateway::new(engine, tap, offloads)));
         event_loop.handle().add_handler(gateway.clone()).unwrap();
         Some(Self {

@@ -42,6 +42,8 @@ pub(super) struct Host {
     pub(super) shut: bool,
     /// It cannot send any more.
     pub(super) failed: bool,
+    /// The policy does not allow the flow any more.
+    pub(super) prohibited: bool,
     /// It probes its peer.
     pub(super) keepalive: bool,
 }

@@ -53,7 +53,7 @@ impl TcpFlows {
                 let key = flow.key;
                 let sequence = flow.control.receive_next.wrapping_sub(1);
                 turn.stats.tcp_failed += 1;
-                self.remove(turn.registry, slot);
+                self.remove(turn.registry, turn.journal, slot);
                 fail(turn, &key, sequence, failure(error));
                 false
             }
@@ -80,7 +80,7 @@ impl TcpFlows {
         flow.deadline = None;
         flow.tries = flow.tries.saturating_add(1);
         if flow.tries > MAX_TRIES {
-            return self.abort(turn.registry, turn.answers, slot, turn.config, turn.guest);
+            return self.abort(turn, slot);
         }
         turn.stats.tcp_retransmissions += 1;
         flow.control.rewind();

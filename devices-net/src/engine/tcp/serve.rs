@@ -5,13 +5,13 @@ use std::os::fd::AsFd as _;
 
 use sm_event_loop::Registry;
 
-use super::super::answers::Answers;
-use super::super::config::EngineConfig;
 use super::super::link::LinkFull;
-use super::super::output::{Framer, MAX_PARTS, Output, largest_segment};
+use super::super::output::{MAX_PARTS, Output, largest_segment};
+use super::super::turn::Turn;
 use super::TcpFlows;
 use super::control::Phase;
-use crate::wire::{MacAddress, TcpFlags, TcpSegment};
+use super::flow::TcpFlow;
+use crate::wire::{TcpFlags, TcpSegment};
 
 /// Bytes that a flow sends before others have their turn.
 const QUANTUM: u32 = 128 << 10;
@@ -26,13 +26,12 @@ impl TcpFlows {
     pub(crate) fn serve(
         &mut self,
         output: &mut Output<'_>,
-        answers: &mut Answers,
         registry: &mut dyn Registry,
     ) -> Result<bool, LinkFull> {
         let Some(slot) = self.ready.first() else {
             return Ok(false);
         };
-        let more = self.visit(slot, output, answers, registry)?;
+        let more = self.visit(slot, output, registry)?;
         self.ready.remove(slot);
         if more {
             self.ready.push_back(slot);
@@ -45,7 +44,6 @@ impl TcpFlows {
         &mut self,
         slot: u32,
         output: &mut Output<'_>,
-        answers: &mut Answers,
         registry: &mut dyn Registry,
     ) -> Result<bool, LinkFull> {
         let Some(flow) = self.table.get_mut(slot) else {
@@ -53,6 +51,9 @@ impl TcpFlows {
         };
         if !flow.host.connected {
             return Ok(false);
+        }
+        if flow.host.prohibited {
+            return self.reset(slot, output, registry);
         }
         if flow.control.phase != Phase::Open {
             self.accept(slot, output, registry)?;
@@ -70,16 +71,14 @@ impl TcpFlows {
             left = left.saturating_sub(sent);
         }
         if failed {
-            let (config, guest) = (output.framer.config, output.framer.guest);
-            self.abort(registry, answers, slot, config, guest);
-            return Ok(false);
+            return self.reset(slot, output, registry);
         }
         self.acknowledge(slot, output)?;
         let Some(flow) = self.table.get_mut(slot) else {
             return Ok(false);
         };
         if flow.is_over() {
-            self.remove(registry, slot);
+            self.remove(registry, output.journal, slot);
             return Ok(false);
         }
         Ok(left == 0)
@@ -238,23 +237,36 @@ impl TcpFlows {
         Ok(())
     }
 
-    /// Ends a flow, and notifies the guest.
-    pub(super) fn abort(
+    /// Ends a flow, and notifies the guest as soon as there is room; returns false.
+    fn reset(
         &mut self,
-        registry: &mut dyn Registry,
-        answers: &mut Answers,
         slot: u32,
-        config: &EngineConfig,
-        guest: MacAddress,
-    ) {
+        output: &mut Output<'_>,
+        registry: &mut dyn Registry,
+    ) -> Result<bool, LinkFull> {
         if let Some(flow) = self.table.get(slot) {
-            let key = flow.key;
-            let flags = TcpFlags::RST.and(TcpFlags::ACK);
-            let mut reset = TcpSegment::new(key.remote.port(), key.guest.port(), flags);
-            reset.sequence = flow.control.send_end;
-            reset.acknowledgment = flow.control.receive_next;
-            answers.push(Framer { config, guest }.stray_segment(&key, &reset));
+            let head = output.framer.stray_segment(&flow.key, &reset(flow));
+            output.frame(&head, &[])?;
         }
-        self.remove(registry, slot);
+        self.remove(registry, output.journal, slot);
+        Ok(false)
     }
+
+    /// Ends a flow, and notifies the guest unless too much else waits.
+    pub(super) fn abort(&mut self, turn: &mut Turn<'_>, slot: u32) {
+        if let Some(flow) = self.table.get(slot) {
+            let head = turn.framer().stray_segment(&flow.key, &reset(flow));
+            turn.answers.push(head);
+        }
+        self.remove(turn.registry, turn.journal, slot);
+    }
+}
+
+/// The segment that ends a flow.
+fn reset(flow: &TcpFlow) -> TcpSegment {
+    let flags = TcpFlags::RST.and(TcpFlags::ACK);
+    let mut reset = TcpSegment::new(flow.key.remote.port(), flow.key.guest.port(), flags);
+    reset.sequence = flow.control.send_end;
+    reset.acknowledgment = flow.control.receive_next;
+    reset
 }
