@@ -16,6 +16,7 @@ use sm_guest_proto::port;
 use crate::agent::{Agent, Listeners};
 use crate::cgroup::Cgroup;
 use crate::facts::{Facts, uptime_us};
+use crate::network::NetDevice;
 use crate::{control, identity, log, sys};
 
 /// The agent's own directory in the initramfs.
@@ -100,6 +101,10 @@ fn serve(init_us: u64) -> io::Result<()> {
             .any(|word| word == "sm.debug"),
     };
     let mut agent = Agent::new(listeners, PathBuf::from(DIRECTORY), cgroup, facts)?;
+    match NetDevice::find() {
+        Ok(device) => agent.identity.set_network_device(device),
+        Err(error) => log::error("find the network device", error),
+    }
     // Last: the host may take a snapshot as soon as the agent connects, so the agent must
     // be complete before. In particular the kernel log must be open: opened after a
     // restore, it would start behind the line about the generation ID.

@@ -14,7 +14,7 @@ use std::collections::hash_map::Entry;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -25,13 +25,13 @@ use sm_guest_proto::control::{AttachRoot, IdentityReport, Refresh};
 use thiserror::Error;
 
 use crate::names::{are_hosts, hosts_file, is_hostname, resolv_conf};
+use crate::network::{self, NetDevice, NetworkConfig, NetworkError, parse_mac};
 use crate::root::{
     BOOT_ID, BOOT_ID_FILE, EPOCH, EPOCH_FILE, MACHINE_ID, MACHINE_ID_FILE, RESOLV_CONF_FILE,
     read_in,
 };
 use crate::sys;
 
-const INTERFACES: &str = "/sys/class/net";
 const UUID: &str = "proc/sys/kernel/random/uuid";
 
 /// Failure of a step of a refresh.
@@ -39,6 +39,8 @@ const UUID: &str = "proc/sys/kernel/random/uuid";
 pub(crate) enum IdentityError {
     #[error("{0} is malformed")]
     Malformed(&'static str),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error("{operation}: {cause}")]
     Step {
         operation: &'static str,
@@ -71,6 +73,7 @@ pub(crate) struct Identity {
     hostname: String,
     /// Further lines of `/etc/hosts`.
     hosts: Vec<(String, String)>,
+    network_device: Option<NetDevice>,
 }
 
 impl Identity {
@@ -84,7 +87,18 @@ impl Identity {
             root_machine_ids: Vec::new(),
             hostname: String::from("localhost"),
             hosts: Vec::new(),
+            network_device: None,
         }
+    }
+
+    /// Sets the device of which refreshes configure the interface.
+    pub(crate) fn set_network_device(&mut self, device: Option<NetDevice>) {
+        self.network_device = device;
+    }
+
+    /// Returns the descriptors that a forked process must keep open to report the identity.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.network_device.iter().flat_map(NetDevice::descriptors)
     }
 
     /// Returns the directory of the files.
@@ -95,7 +109,14 @@ impl Identity {
     /// Gives the guest the identity in `refresh`. Absent identifiers remain unchanged.
     pub(crate) fn refresh(&mut self, refresh: &Refresh) -> Result<(), IdentityError> {
         // All parts are checked before any is changed.
-        let mac = refresh.mac.as_deref().map(parse_mac).transpose()?;
+        let malformed = IdentityError::Malformed;
+        let mac = refresh.mac.as_deref();
+        let mac = mac.map(|mac| parse_mac(mac).ok_or(malformed("mac")));
+        let mac = mac.transpose()?;
+        let network = refresh.network.as_ref();
+        let network =
+            network.map(|network| NetworkConfig::new(network, mac).ok_or(malformed("network")));
+        let network = network.transpose()?;
         if !refresh.machine_id.is_empty() && !is_hex(&refresh.machine_id, 32) {
             return Err(IdentityError::Malformed("machine_id"));
         }
@@ -143,9 +164,7 @@ impl Identity {
         if !refresh.epoch.is_empty() {
             step("write epoch", self.write_line(EPOCH_FILE, &refresh.epoch))?;
         }
-        if let Some(mac) = mac {
-            step("set the MAC address", set_first_mac(mac))?;
-        }
+        network::apply(self.network_device.as_ref(), network.as_ref())?;
         Ok(())
     }
 
@@ -224,11 +243,9 @@ impl Identity {
                 None => fs::read_to_string(Path::new("/").join(UUID)),
             },
         )?;
-        let interface = step("list interfaces", first_interface(Path::new(INTERFACES)))?;
-        let mac = interface.and_then(|name| {
-            let path = Path::new(INTERFACES).join(name).join("address");
-            Some(fs::read_to_string(path).ok()?.trim().to_owned())
-        });
+        let report = self.network_device.as_ref().map(network::report);
+        let report = step("read the network interface", report.transpose())?.flatten();
+        let (mac, addresses) = report.unzip();
         Ok(IdentityReport {
             random: random.iter().map(|byte| format!("{byte:02x}")).collect(),
             uuid: uuid.trim().to_owned(),
@@ -240,6 +257,7 @@ impl Identity {
                 .to_string_lossy()
                 .into_owned(),
             mac,
+            addresses: addresses.unwrap_or_default(),
             realtime_ns: realtime_ns(),
         })
     }
@@ -303,21 +321,6 @@ fn is_uuid(text: &str) -> bool {
             .all(|(part, len)| is_hex(part, len))
 }
 
-fn parse_mac(text: &str) -> Result<[u8; 6], IdentityError> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2);
-        *byte = part
-            .and_then(|part| u8::from_str_radix(part, 16).ok())
-            .ok_or(IdentityError::Malformed("mac"))?;
-    }
-    if parts.next().is_some() || mac[0] & 1 == 1 {
-        return Err(IdentityError::Malformed("mac"));
-    }
-    Ok(mac)
-}
-
 fn set_clock(nanoseconds: u64) -> io::Result<()> {
     let seconds =
         i64::try_from(nanoseconds / 1_000_000_000).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -353,26 +356,6 @@ fn control_socket() -> io::Result<UdpSocket> {
 /// Brings the loopback interface up.
 pub(crate) fn loopback_up() -> io::Result<()> {
     sys::interface_up(control_socket()?.as_fd(), "lo")
-}
-
-fn set_first_mac(mac: [u8; 6]) -> io::Result<()> {
-    let Some(name) = first_interface(Path::new(INTERFACES))? else {
-        return Ok(());
-    };
-    sys::set_mac(control_socket()?.as_fd(), &name, mac)
-}
-
-/// Returns the first interface, by name, that is backed by a device.
-fn first_interface(class: &Path) -> io::Result<Option<String>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(class)? {
-        let entry = entry?;
-        if entry.path().join("device").exists() {
-            names.extend(entry.file_name().into_string());
-        }
-    }
-    names.sort();
-    Ok(names.into_iter().next())
 }
 
 #[cfg(test)]
@@ -437,22 +420,5 @@ mod tests {
         assert_eq!(inode("machine-id"), before);
         let text = fs::read_to_string(directory.path().join("machine-id")).unwrap();
         assert_eq!(text, "short\n");
-    }
-
-    #[test]
-    fn macs_are_unicast_and_complete() {
-        assert_eq!(
-            parse_mac("02:00:00:00:0a:ff").unwrap(),
-            [2, 0, 0, 0, 10, 255]
-        );
-        for bad in [
-            "",
-            "02:00:00:00:0a",
-            "02:00:00:00:0a:ff:00",
-            "2:0:0:0:a:f",
-            "zz:00:00:00:00:00",
-        ] {
-            assert!(parse_mac(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -6,6 +6,7 @@
 //! | `agent` | state and dispatch of events; handlers of the host's requests (`requests`) |
 //! | `control`, `wire`, `sending`, `peer` | connections of the host and their frames |
 //! | `identity`, `kernel_log` | identity of this guest or clone; detection of a new generation ID |
+//! | `names`, `network` | `/etc/hosts` and `/etc/resolv.conf`; the network interface |
 //! | `root`, `bind`, `device`, `node` | the workload's root file system, and files of the guest in it |
 //! | `workload`, `init`, `cgroup`, `users` | the workload's namespaces, first process, cgroup and user |
 //! | `exec` | commands: processes, streams, signals, terminals |
@@ -15,7 +16,8 @@
 //! # Invariants
 //!
 //! - **One thread, one blocking call.** Everything runs on the main thread and blocks
-//!   only in `reactor`'s wait. Files of the image are accessed only by processes
+//!   only in `reactor`'s wait, except that a refresh may wait for the link of the network
+//!   device (`network`), for a second at most. Files of the image are accessed only by processes
 //!   that are forked for one command or one request. Device nodes and files that the
 //!   workload can replace are held as descriptors (`node`, `identity`). A single thread
 //!   also makes it safe to fork without exec.
@@ -33,7 +35,7 @@
 //! - **Containers are isolated.** The processes of each are in one cgroup (created there,
 //!   so that the freezer covers all of them), and in PID, mount and cgroup namespaces of
 //!   their own. They share the network and the host name with each other and with the
-//!   agent, which does not use either otherwise.
+//!   agent, which does not use either otherwise than to configure it.
 //! - **Bounded memory.** All connections share one scratch buffer; a connection whose
 //!   peer is slower is not read.
 #![warn(missing_docs)]
@@ -59,6 +61,7 @@ mod kernel_log;
 mod log;
 mod mounts;
 mod names;
+mod network;
 mod node;
 mod part;
 mod peer;

@@ -345,27 +345,6 @@ pub(crate) fn interface_up(socket: BorrowedFd<'_>, name: &str) -> io::Result<()>
     .map(drop)
 }
 
-/// Sets the Ethernet address of a network interface.
-pub(crate) fn set_mac(socket: BorrowedFd<'_>, name: &str, mac: [u8; 6]) -> io::Result<()> {
-    let mut request = interface_request(name);
-    // SAFETY: sockaddr is plain data for which all-zero is valid.
-    let mut address: libc::sockaddr = unsafe { std::mem::zeroed() };
-    address.sa_family = libc::ARPHRD_ETHER;
-    for (to, from) in address.sa_data.iter_mut().zip(mac) {
-        *to = from.cast_signed() as libc::c_char;
-    }
-    request.ifr_ifru.ifru_hwaddr = address;
-    // SAFETY: `request` is a valid ifreq.
-    check(unsafe {
-        libc::ioctl(
-            socket.as_raw_fd(),
-            libc::SIOCSIFHWADDR as _,
-            &raw const request,
-        )
-    })
-    .map(drop)
-}
-
 /// Creates a non-blocking vsock stream socket.
 pub(crate) fn vsock_socket() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -457,4 +436,22 @@ pub(crate) fn uevent_socket() -> io::Result<OwnedFd> {
     // SAFETY: the address is a sockaddr_nl (12 bytes).
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), 12) })?;
     Ok(socket)
+}
+
+/// Makes the kernel check requests for lists of a netlink socket, and so apply the filters in
+/// them (`NETLINK_GET_STRICT_CHK`; Linux 4.20).
+pub(crate) fn check_netlink_strictly(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: c_int = 1;
+    let option = libc::NETLINK_GET_STRICT_CHK;
+    // SAFETY: the pointer is to a c_int, whose size is the length given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_NETLINK,
+            option,
+            (&raw const on).cast(),
+            4,
+        )
+    };
+    check(result).map(drop)
 }

@@ -111,7 +111,8 @@ pub struct Refresh {
     pub machine_id: String,
     /// UUID in text form shown as `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
-    /// MAC address for the network interface, when there is one.
+    /// MAC address for the network interface, if `network` is present; the previous one
+    /// remains without it.
     pub mac: Option<String>,
     /// Configuration of the network interface. When absent, the guest has the loopback
     /// interface only.
@@ -126,7 +127,8 @@ pub struct Refresh {
 }
 
 /// Configuration of a guest's network interface, which replaces the previous one. The
-/// device has its link up before a host sends it.
+/// device's link is up before a host sends it: the answer waits for it, for up to a second,
+/// because packets that are sent earlier are lost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestNetwork {
     /// Maximum size of a packet in bytes, without the Ethernet header; at least 68, and
@@ -339,6 +341,9 @@ pub struct IdentityReport {
     pub hostname: String,
     /// MAC address of the network interface; absent when there is none.
     pub mac: Option<String>,
+    /// Addresses of the network interface, at most 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
     /// The wall clock, in nanoseconds since the Unix epoch.
     pub realtime_ns: u64,
 }

@@ -168,8 +168,8 @@ mod tests {
                 boot_id: text("boot"),
                 epoch: text("epoch"),
                 hostname: text("host"),
-                mac: None,
                 realtime_ns: number,
+                ..IdentityReport::default()
             },
             clock_error_ns: 0,
         }

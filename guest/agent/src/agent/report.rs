@@ -38,7 +38,9 @@ impl Agent {
         match workload::fork_agent(0, None)? {
             Fork::Child => {
                 // The child must not hold open connections that the parent closes.
-                sys::close_all_but(&[file.as_fd()]);
+                let mut keep = vec![file.as_fd()];
+                keep.extend(self.identity.descriptors());
+                sys::close_all_but(&keep);
                 let reply = match self.identity.identity_report(root) {
                     Ok(identity_report) => ControlReply::IdentityReport(identity_report),
                     Err(error) => ControlReply::Error {
