@@ -353,7 +353,7 @@ fn protocol_errors() {
     };
     let old: &[u8] = br#"{"hello":{"protocol":999}}"#;
     let good: &[u8] = br#"{"hello":{"protocol":3}}"#;
-    assert!(refused(&[(FrameType::Control, old)]).contains("protocol 2, the host 999"));
+    assert!(refused(&[(FrameType::Control, old)]).contains("protocol 3, the host 999"));
     assert!(refused(&[(FrameType::Request, b"{}")]).contains("first frame"));
     assert!(refused(&[(FrameType::Control, b"\xff")]).contains("first frame"));
     assert!(

@@ -1,7 +1,7 @@
 //! Tests of the workload's life cycle: attach, main command, freeze, power-off.
 
 use sm_guest_proto::container::ContainerId;
-use sm_guest_proto::control::{ControlReply, ControlRequest, IdentityReport, Refresh};
+use sm_guest_proto::control::{ControlReply, ControlRequest, GuestDns, IdentityReport, Refresh};
 use sm_guest_proto::exec::{ExecRequest, Role};
 use sm_guest_proto::frame::FrameType;
 
@@ -153,6 +153,11 @@ fn the_root_is_assembled() {
     let agent = Agent::attached();
     let refresh = Refresh {
         machine_id: "0123456789abcdef0123456789abcdef".into(),
+        dns: GuestDns {
+            nameservers: vec!["10.9.9.9".parse().unwrap()],
+            ..GuestDns::default()
+        },
+        hosts: vec![("10.1.2.3".into(), "other".into())],
         boot_id: "01234567-89ab-4def-8123-456789abcdef".into(),
         hostname: "clone".into(),
         epoch: "21234567-89ab-4def-8123-456789abcdef".into(),
