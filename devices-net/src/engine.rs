@@ -12,6 +12,7 @@
 //! | `handle` | changes of an engine that runs |
 //! | `link` | the way from and to the guest |
 //! | `egress` | the decision about each flow |
+//! | `events`, `journal` | records of flows and refusals |
 //! | `tcp`, `udp`, `echo` | flows |
 //! | `dns` | the guest's name server |
 //! | `fragments` | packets that come in parts |
@@ -28,6 +29,7 @@ mod config;
 mod dns;
 mod echo;
 mod egress;
+mod events;
 mod flow;
 mod fragments;
 mod handle;
@@ -44,6 +46,7 @@ mod turn;
 mod udp;
 
 use std::net::IpAddr;
+use std::time::Instant;
 
 use sm_event_loop::{Readiness, Registry, Timer};
 
@@ -66,7 +69,10 @@ use crate::wire::{
 
 pub use self::backend::EngineBackend;
 pub use self::config::{EngineConfig, EngineLimits, NameServers};
-pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
+pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol, RefusalReason};
+pub use self::events::{
+    EventSink, FlowEnd, FlowRecord, FlowSummary, NetEvent, RefusedFlow, RefusedName, event_channel,
+};
 pub use self::handle::EngineHandle;
 pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
 pub use self::stats::EngineStats;
@@ -124,7 +130,7 @@ impl NetEngine {
             fragments: Fragments::new(config.limits),
             fragments_timer: None,
             control,
-            journal: Journal::default(),
+            journal: Journal::new(),
             guest: MacAddress::BROADCAST,
         }
     }
@@ -134,6 +140,11 @@ impl NetEngine {
     /// restricts names. Without name servers, the port is one as others.
     pub fn set_name_servers(&mut self, servers: NameServers) {
         self.dns.set_servers(servers);
+    }
+
+    /// Sets the receiver of events, which is called on the engine's thread.
+    pub fn set_event_sink(&mut self, sink: EventSink) {
+        self.journal.set_sink(sink);
     }
 
     /// Returns true for tokens of an engine's descriptors and timers.
@@ -309,6 +320,7 @@ impl NetEngine {
             TokenKind::EchoTimer => flows.echoes.timer(&mut turn),
             TokenKind::Dns => flows.dns.host_ready(&mut turn, slot),
             TokenKind::DnsTimer => flows.dns.timer(&mut turn),
+            TokenKind::Journal => self.journal.timer(),
             TokenKind::Serve | TokenKind::Fragments | TokenKind::Handle => {}
         }
     }
@@ -319,14 +331,8 @@ impl NetEngine {
         if self.send_all(link, registry) == Ok(true) {
             registry.call_again(token(TokenKind::Serve, 0));
         }
-        self.report();
-    }
-
-    /// Notifies the policy of flows that have ended.
-    fn report(&mut self) {
-        while let Some(ended) = self.journal.take_ended() {
-            self.policy.flow_ended(&ended);
-        }
+        let now = registry.now();
+        (self.journal).report(&mut *self.policy, now, Some(registry));
     }
 
     /// Returns true if there is more to send.
@@ -382,10 +388,12 @@ impl NetEngine {
         self.udp.clear(registry.as_deref_mut(), journal);
         self.echoes.clear(registry.as_deref_mut());
         self.dns.clear(registry.as_deref_mut());
+        let now = registry.as_deref().map_or_else(Instant::now, Registry::now);
+        self.journal.report(&mut *self.policy, now, None);
+        self.journal.stop(registry.as_deref_mut());
         if let (Some(registry), Some(timer)) = (registry, self.fragments_timer.take()) {
             registry.cancel_timer(timer);
         }
-        self.report();
     }
 }
 
@@ -443,7 +451,7 @@ impl Flows<'_> {
                 let key = ends(header.source.get(), header.destination.get());
                 let payload = (packet.offset + UdpHeader::LEN, len);
                 if self.dns.is_on()
-                    && key.remote.port() == DNS_PORT
+                    && key.remote().port() == DNS_PORT
                     && turn.config.is_gateway(packet.destination)
                 {
                     self.dns.receive(turn, key, frame, payload);

@@ -34,6 +34,7 @@
 mod address;
 mod gate;
 mod host;
+mod learn;
 mod pins;
 mod rule;
 
@@ -46,6 +47,7 @@ use crate::engine::FlowProtocol;
 pub use self::address::{AddressClass, HostAddresses, effective_address};
 pub use self::gate::{PolicyGate, PolicyHandle, RefusalObserver};
 pub use self::host::local_addresses;
+pub use self::learn::{RuleLearner, learn_rules};
 pub use self::pins::DnsPins;
 pub use self::rule::{AddressRange, NamePattern, NetRule, NetRuleError, RuleTarget};
 
@@ -150,15 +152,71 @@ impl NetPolicy {
         if self.allow.is_empty() && class == AddressClass::Public {
             return PolicyVerdict::AllowedByDefault;
         }
-        let target = match class {
+        let rule = self.narrowest_rule(protocol, destination, host, pins, now);
+        PolicyVerdict::NotAllowed(rule)
+    }
+
+    /// Returns a rule that allows a flow to `destination` and as little else as possible: by the
+    /// name that the guest asked for, if it got the address for one, and by one that a rule allows
+    /// rather than by another.
+    #[must_use]
+    pub fn narrowest_rule(
+        &self,
+        protocol: FlowProtocol,
+        destination: SocketAddr,
+        host: &HostAddresses,
+        pins: &DnsPins,
+        now: Instant,
+    ) -> NetRule {
+        let address = effective_address(destination.ip());
+        let name = || {
+            self.name_of(address, pins, now)
+                .and_then(NamePattern::exact)
+        };
+        let target = match host.classify(address) {
             AddressClass::Host => RuleTarget::Host,
             AddressClass::Metadata => RuleTarget::Metadata,
-            _ => match pins.names(address, now).next().and_then(NamePattern::exact) {
+            _ => match name() {
                 Some(name) => RuleTarget::Name(name),
                 None => RuleTarget::Range(AddressRange::host(address)),
             },
         };
-        PolicyVerdict::NotAllowed(NetRule::new(Some(protocol), target, port))
+        NetRule::new(Some(protocol), target, destination.port())
+    }
+
+    /// Returns the name of an address: one that a rule allows, or the last that the guest has asked
+    /// for.
+    #[must_use]
+    pub fn name_of<'p>(&self, address: IpAddr, pins: &'p DnsPins, now: Instant) -> Option<&'p str> {
+        let address = effective_address(address);
+        let is_allowed = |name: &&str| {
+            (self.allow.iter())
+                .any(|rule| matches!(&rule.target, RuleTarget::Name(it) if it.matches(name)))
+        };
+        let names = || pins.names(address, now);
+        names().filter(is_allowed).last().or_else(|| names().last())
+    }
+
+    /// Returns the rule about addresses that would allow answers with this one.
+    #[must_use]
+    pub fn rule_for_answer(&self, address: IpAddr, host: &HostAddresses) -> NetRule {
+        let address = effective_address(address);
+        let target = match host.classify(address) {
+            AddressClass::Host => RuleTarget::Host,
+            AddressClass::Metadata => RuleTarget::Metadata,
+            _ => RuleTarget::Range(AddressRange::host(address)),
+        };
+        NetRule::new(None, target, 0)
+    }
+
+    /// Returns the rule that denies a name, for all protocols and ports.
+    #[must_use]
+    pub fn denies_name(&self, name: &str) -> Option<&NetRule> {
+        let matches = |rule: &&NetRule| match &rule.target {
+            RuleTarget::Name(pattern) => pattern.matches(name),
+            _ => false,
+        };
+        (self.deny.iter()).find(|rule| rule.is_general() && matches(rule))
     }
 
     /// Returns true if only flows to certain names are allowed: others need not be resolved,
@@ -184,11 +242,7 @@ impl NetPolicy {
             _ => false,
         };
         // A rule for some ports leaves the others.
-        let denied = self
-            .deny
-            .iter()
-            .any(|rule| rule.is_general() && matches(rule));
-        !denied && (!self.is_by_name() || self.allow.iter().any(matches))
+        self.denies_name(name).is_none() && (!self.is_by_name() || self.allow.iter().any(matches))
     }
 
     /// Returns true if `address` may be in an answer for a name. Those that are not public may

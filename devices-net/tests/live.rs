@@ -11,10 +11,10 @@ use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use sm_devices_net::engine::EngineConfig;
-use sm_devices_net::policy::{NetPolicy, PolicyGate, PolicyHandle};
+use sm_devices_net::engine::{EngineConfig, FlowEnd, FlowProtocol, NetEvent};
+use sm_devices_net::policy::{NetPolicy, PolicyGate, PolicyHandle, learn_rules};
 
-use crate::rig::{Rig, SERVER, SOON, connect, recv};
+use crate::rig::{MIB, PROHIBITED, Rig, SERVER, SOON, connect, exchange, recv};
 
 fn policy(allow: &str, deny: &str) -> NetPolicy {
     let rules = |text: &str| {
@@ -114,4 +114,73 @@ fn an_address_that_the_host_gets_is_one_of_the_host() {
         assert!(status.unwrap().success());
         assert_eq!(kind(), expected, "{command}");
     }
+}
+
+#[test]
+fn flows_and_refusals_are_reported() {
+    let Some((rig, handle)) = guarded("host") else {
+        return;
+    };
+    let events = rig.events();
+    let next = || events.recv_timeout(SOON).unwrap();
+    let (guest, peer) = rig.pair(SERVER.into());
+    let NetEvent::Opened(opened) = next() else {
+        panic!("no flow")
+    };
+    assert_eq!(opened.guest, guest.local_addr().unwrap());
+    assert_eq!(opened.remote, peer.local_addr().unwrap());
+    let port = opened.remote.port();
+    assert_eq!(opened.rule, Some(format!("tcp:host:{port}")));
+    exchange(&guest, &peer, MIB);
+    drop((guest, peer));
+    let NetEvent::Ended(record, summary) = next() else {
+        panic!("no end")
+    };
+    assert_eq!(record, opened);
+    let bytes = (summary.from_guest, summary.to_guest);
+    assert_eq!(bytes, (MIB as u64, MIB as u64));
+    assert_eq!(summary.end, FlowEnd::Closed);
+
+    // Refused by the peer, and by the policy, which says what would help.
+    rig.guest(|| connect((SERVER, 9).into()).unwrap_err());
+    let NetEvent::Ended(_, summary) = next() else {
+        panic!("no end")
+    };
+    assert_eq!(summary.end, FlowEnd::Refused);
+    for _ in 0..3 {
+        rig.guest(|| connect((PROHIBITED, 80).into()).unwrap_err());
+    }
+    let NetEvent::Refused(refused) = next() else {
+        panic!("no refusal")
+    };
+    assert_eq!(
+        (refused.remote, refused.count),
+        ((PROHIBITED, 80).into(), 1)
+    );
+    let rule = format!("tcp:{PROHIBITED}:80");
+    assert_eq!(refused.reason.rule.as_deref(), Some(rule.as_str()));
+    assert!(events.try_recv().is_err(), "the others are merged");
+
+    let server = rig.internet(|| UdpSocket::bind((SERVER, 0)).unwrap());
+    rig.guest(|| {
+        let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+        client
+            .send_to(b"hello", server.local_addr().unwrap())
+            .unwrap();
+    });
+    let event = next();
+    let NetEvent::Opened(opened) = &event else {
+        panic!("{event:?}")
+    };
+    assert_eq!(opened.protocol, FlowProtocol::Udp);
+    let rules: Vec<String> = learn_rules([&event])
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(rules, [format!("udp:host:{}", opened.remote.port())]);
+    handle.set_policy(policy("", ""));
+    let NetEvent::Ended(_, summary) = next() else {
+        panic!("no end")
+    };
+    assert_eq!((summary.from_guest, summary.end), (5, FlowEnd::Prohibited));
 }

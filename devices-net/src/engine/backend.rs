@@ -62,7 +62,7 @@ impl EngineBackend {
     fn end_old(&mut self, link: &mut RingLink<'_, '_>) -> Result<(), super::LinkFull> {
         while let Some((key, number)) = self.old.last() {
             let flags = TcpFlags::RST.and(TcpFlags::ACK);
-            let mut reset = TcpSegment::new(key.remote.port(), key.guest.port(), flags);
+            let mut reset = TcpSegment::new(key.remote().port(), key.guest().port(), flags);
             reset.sequence = *number;
             let head = self.engine.stray(key, &reset);
             link.transmit(&NetHeader::default(), &[IoSlice::new(head.bytes())])?;
@@ -121,7 +121,7 @@ impl NetBackend for EngineBackend {
         let mut bytes = vec![VERSION];
         bytes.extend(self.engine.guest.0);
         for (key, number) in known {
-            for end in [key.guest, key.remote] {
+            for end in [key.guest(), key.remote()] {
                 let address = match end.ip() {
                     IpAddr::V4(address) => address.to_ipv6_mapped(),
                     IpAddr::V6(address) => address,
@@ -178,7 +178,10 @@ fn decode(bytes: &[u8], most: usize) -> Result<Saved, String> {
         let remote = end(bytes.get(18..)?.first_chunk()?)?;
         let number = u32::from_le_bytes(*bytes.last_chunk()?);
         let same = guest.is_ipv4() == remote.is_ipv4();
-        same.then_some((FlowKey { guest, remote }, number))
+        same.then_some((
+            FlowKey::new((guest.ip(), guest.port()), (remote.ip(), remote.port())),
+            number,
+        ))
     };
     let flows: Option<Vec<_>> = flows.iter().map(flow).collect();
     Ok(Saved {

@@ -169,6 +169,8 @@ impl DnsProxy {
         }
         if !turn.policy.may_resolve(&question.name) {
             turn.stats.prohibited += 1;
+            let reason = || turn.policy.explain_name(&question.name);
+            turn.journal.name_refused(&question.name, reason);
             return self.refuse(key, message, ResponseCode::NoSuchName);
         }
         let repeated = self.lookups.iter().flatten().any(|lookup| {
@@ -312,19 +314,24 @@ impl DnsProxy {
             return;
         };
         let response = self.buffer.get(..len).unwrap_or_default();
-        let mut accepted = true;
+        let mut refused = None;
         let code = addresses(response, |found| {
-            accepted &= match found.of_name {
+            let accepted = match found.of_name {
                 true => (turn.policy).resolved(&lookup.name, found.address, found.ttl),
                 false => turn.policy.may_answer(found.address),
             };
+            if !accepted {
+                refused = Some(found.address);
+            }
         });
         match code {
             Ok(code) if !UNABLE.contains(&code) => {}
             _ => return self.ask_next(turn, slot),
         }
-        if !accepted {
+        if let Some(address) = refused {
             turn.stats.prohibited += 1;
+            let reason = || turn.policy.explain_answer(address);
+            turn.journal.name_refused(&lookup.name, reason);
             return self.finish(turn.registry, slot, Some(ResponseCode::NoSuchName));
         }
         let (key, id) = (lookup.key, lookup.guest_id);
@@ -426,7 +433,7 @@ impl DnsProxy {
             let id = message
                 .first_chunk()
                 .map_or(0, |id| u16::from_be_bytes(*id));
-            output.datagram(reply.key.remote, reply.key.guest, message, id.into())?;
+            output.datagram(reply.key.remote(), reply.key.guest(), message, id.into())?;
             if let Some(reply) = self.replies.pop_front() {
                 self.recycle(reply.message);
             }

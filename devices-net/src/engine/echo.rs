@@ -107,12 +107,12 @@ impl Echoes {
         frame: &dyn GuestFrame,
         (offset, transport): (usize, [u8; 8]),
     ) {
-        if turn.config.is_gateway(key.remote.ip()) {
+        if turn.config.is_gateway(key.remote().ip()) {
             return self.answer(key, echo, frame, offset);
         }
         let verdict = turn.judge(&EgressRequest {
             protocol: FlowProtocol::Echo,
-            destination: key.remote,
+            destination: key.remote(),
         });
         let sent = match verdict {
             EgressVerdict::Connect(address) => self.send(turn, key, echo, frame, (offset, address)),
@@ -124,7 +124,7 @@ impl Echoes {
             Err(Failure::Refused) => IcmpUnreachable::Host,
             Err(Failure::Resources) => return turn.limited("echo requests", &key),
         };
-        let (guest, remote) = (key.guest.ip(), key.remote.ip());
+        let (guest, remote) = (key.guest().ip(), key.remote().ip());
         turn.unreachable(error, guest, remote, protocol(&key), transport);
     }
 
@@ -170,6 +170,7 @@ impl Echoes {
         let to = SocketAddr::new(address.ip(), 0);
         sendto(&*socket.socket, message, SendFlags::NOSIGNAL, &to).map_err(Failure::of)?;
         turn.stats.echoes += 1;
+        turn.opened(FlowProtocol::Echo, &key);
         self.number = number.wrapping_add(1);
         if self.requests.len() >= self.limits.echoes.max(1) {
             self.requests.pop_front();
@@ -227,7 +228,7 @@ impl Echoes {
         self.requests.retain(|request| {
             turn.may_continue(&EgressRequest {
                 protocol: FlowProtocol::Echo,
-                destination: request.key.remote,
+                destination: request.key.remote(),
             })
         });
     }
@@ -371,7 +372,7 @@ fn deliver(
     echo: &IcmpEcho,
     payload: &[u8],
 ) -> Result<(), LinkFull> {
-    let (from, to) = (key.remote.ip(), key.guest.ip());
+    let (from, to) = (key.remote().ip(), key.guest().ip());
     let header = echo.reply(from, to, payload);
     let id = u32::from(echo.sequence);
     output.packet(from, to, protocol(key), &header, payload, id)

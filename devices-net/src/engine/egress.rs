@@ -36,6 +36,15 @@ pub enum EgressVerdict {
     Prohibit,
 }
 
+/// Reason of a refusal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RefusalReason {
+    /// The reason for a reader.
+    pub text: String,
+    /// The text of a rule that would allow it, if one would.
+    pub rule: Option<String>,
+}
+
 /// A policy, which is asked once for each flow, before a host socket exists.
 pub trait EgressPolicy: Send {
     /// Called when an engine takes the policy. One whose rules change calls
@@ -50,6 +59,36 @@ pub trait EgressPolicy: Send {
     /// Returns true if a flow that was allowed may go on. [`Self::judge`] decides by default.
     fn may_continue(&mut self, request: &EgressRequest) -> bool {
         self.judge(request) != EgressVerdict::Prohibit
+    }
+
+    /// Returns the reason why a flow is refused, for a log.
+    fn explain(&mut self, request: &EgressRequest) -> RefusalReason {
+        let _ = request;
+        RefusalReason::default()
+    }
+
+    /// Returns the reason why a name is refused, for a log.
+    fn explain_name(&mut self, name: &str) -> RefusalReason {
+        let _ = name;
+        RefusalReason::default()
+    }
+
+    /// Returns the reason why an answer with an address is withheld, for a log.
+    fn explain_answer(&mut self, address: IpAddr) -> RefusalReason {
+        let _ = address;
+        RefusalReason::default()
+    }
+
+    /// Returns the name of a flow's destination, for a log.
+    fn name_of(&mut self, request: &EgressRequest) -> Option<String> {
+        let _ = request;
+        None
+    }
+
+    /// Returns the text of the narrowest rule that allows a flow, for a log.
+    fn narrowest_rule(&mut self, request: &EgressRequest) -> Option<String> {
+        let _ = request;
+        None
     }
 
     /// Called when a flow of TCP or UDP exists that was allowed.

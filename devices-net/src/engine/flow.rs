@@ -1,27 +1,67 @@
 //! Names of flows.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// Port of name servers.
 pub(crate) const DNS_PORT: u16 = 53;
 
+/// One end of a flow. An address of IPv4 is in its mapped form, which no packet has.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct End {
+    address: [u8; 16],
+    port: u16,
+}
+
+impl End {
+    fn new((address, port): (IpAddr, u16)) -> Self {
+        let address = match address {
+            IpAddr::V4(address) => address.to_ipv6_mapped(),
+            IpAddr::V6(address) => address,
+        };
+        Self {
+            address: address.octets(),
+            port,
+        }
+    }
+
+    fn get(self) -> SocketAddr {
+        (Ipv6Addr::from(self.address).to_canonical(), self.port).into()
+    }
+}
+
 /// The ends of a flow, as the guest sees them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct FlowKey {
-    pub(crate) guest: SocketAddr,
-    pub(crate) remote: SocketAddr,
+    guest: End,
+    remote: End,
 }
 
 impl FlowKey {
     pub(crate) fn new(guest: (IpAddr, u16), remote: (IpAddr, u16)) -> Self {
         Self {
-            guest: guest.into(),
-            remote: remote.into(),
+            guest: End::new(guest),
+            remote: End::new(remote),
         }
     }
 
+    /// The guest's end.
+    pub(crate) fn guest(&self) -> SocketAddr {
+        self.guest.get()
+    }
+
+    /// The other end.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        self.remote.get()
+    }
+
     pub(crate) fn is_v6(&self) -> bool {
-        self.guest.is_ipv6()
+        self.guest().is_ipv6()
+    }
+}
+
+impl std::fmt::Debug for FlowKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} - {}", self.guest(), self.remote())
     }
 }
 
@@ -50,11 +90,13 @@ pub(crate) enum TokenKind {
     DnsTimer,
     /// Changes by handles.
     Handle,
+    /// Refusals that are to be reported.
+    Journal,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 11] = [
+const KINDS: [TokenKind; 12] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -66,6 +108,7 @@ const KINDS: [TokenKind; 11] = [
     TokenKind::Dns,
     TokenKind::DnsTimer,
     TokenKind::Handle,
+    TokenKind::Journal,
 ];
 
 /// Returns the token of a slot.

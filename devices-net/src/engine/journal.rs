@@ -1,25 +1,460 @@
-//! Flows that have ended, until the policy is notified of them.
+//! Flows that begin, end or are refused, on their way to the policy and to a log.
 
-use super::egress::{EgressRequest, FlowProtocol};
-use super::flow::FlowKey;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
-/// Flows that have ended during one call of the engine.
-#[derive(Debug, Default)]
+use sm_event_loop::{Registry, Timer};
+
+use super::egress::{EgressPolicy, EgressRequest, FlowProtocol, RefusalReason};
+use super::events::{
+    EventSink, FlowEnd, FlowRecord, FlowSummary, NetEvent, RefusedFlow, RefusedName,
+};
+use super::flow::{FlowKey, TokenKind, token};
+
+/// Refusals that are distinguished within one window; others are lost.
+const MAX_REFUSALS: usize = 256;
+/// Time in which refusals of one destination are one event.
+const WINDOW: Duration = Duration::from_secs(10);
+/// Events about flows: so many at once, and so many in a second.
+const BURST: u64 = 2000;
+const RATE: u64 = 200;
+/// Destinations of echo requests that were reported.
+const ECHOES: usize = 16;
+
+/// The account of a flow that exists.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    /// Microseconds from the journal's start to the flow's.
+    start: u64,
+    pub(crate) from_guest: u64,
+    pub(crate) to_guest: u64,
+}
+
+/// A flow that has ended during one call of the engine.
+#[derive(Debug)]
+struct EndedFlow {
+    protocol: FlowProtocol,
+    key: FlowKey,
+    tally: Tally,
+    end: FlowEnd,
+}
+
+/// A destination or a name that is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Refused {
+    Flow(EgressRequest),
+    Name(String),
+}
+
+/// Refusals within one window that were not reported.
+struct Repeated {
+    reason: RefusalReason,
+    name: Option<String>,
+    count: u64,
+}
+
+/// A log, and what it needs to be bounded.
+struct Log {
+    sink: EventSink,
+    lost: u64,
+    /// Events that may be reported at once, and the time at which that was so.
+    allowance: u64,
+    refilled: Instant,
+    refused: HashMap<Refused, Repeated>,
+    timer: Option<Timer>,
+    limits: Vec<&'static str>,
+    echoes: Vec<IpAddr>,
+}
+
+/// Notes of one engine.
 pub(crate) struct Journal {
-    ended: Vec<EgressRequest>,
+    epoch: Instant,
+    ended: Vec<EndedFlow>,
+    log: Option<Log>,
 }
 
 impl Journal {
-    /// Notes that a flow has ended.
-    pub(crate) fn ended(&mut self, protocol: FlowProtocol, key: &FlowKey) {
-        self.ended.push(EgressRequest {
-            protocol,
-            destination: key.remote,
+    pub(crate) fn new() -> Self {
+        Self {
+            epoch: Instant::now(),
+            ended: Vec::new(),
+            log: None,
+        }
+    }
+
+    /// Sets the receiver of events.
+    pub(crate) fn set_sink(&mut self, sink: EventSink) {
+        self.log = Some(Log {
+            sink,
+            lost: 0,
+            allowance: BURST,
+            refilled: Instant::now(),
+            refused: HashMap::new(),
+            timer: None,
+            limits: Vec::new(),
+            echoes: Vec::new(),
         });
     }
 
-    /// Returns a flow that has ended, once.
-    pub(crate) fn take_ended(&mut self) -> Option<EgressRequest> {
-        self.ended.pop()
+    /// The account of a flow that begins now.
+    pub(crate) fn begin(&self, now: Instant) -> Tally {
+        let start = now.saturating_duration_since(self.epoch).as_micros();
+        Tally {
+            start: u64::try_from(start).unwrap_or(u64::MAX),
+            ..Tally::default()
+        }
+    }
+
+    /// Notes that a flow exists.
+    pub(crate) fn opened(
+        &mut self,
+        policy: &mut dyn EgressPolicy,
+        protocol: FlowProtocol,
+        key: &FlowKey,
+        now: Instant,
+    ) {
+        let Some(log) = &mut self.log else { return };
+        if protocol == FlowProtocol::Echo {
+            let address = key.remote().ip();
+            if log.echoes.contains(&address) {
+                return;
+            }
+            if log.echoes.len() >= ECHOES {
+                log.echoes.remove(0);
+            }
+            log.echoes.push(address);
+        }
+        if log.may_report(now) {
+            let record = record(policy, protocol, key);
+            log.send(NetEvent::Opened(record));
+        }
+    }
+
+    /// Notes that a flow has ended.
+    pub(crate) fn ended(
+        &mut self,
+        protocol: FlowProtocol,
+        key: FlowKey,
+        tally: Tally,
+        end: FlowEnd,
+    ) {
+        self.ended.push(EndedFlow {
+            protocol,
+            key,
+            tally,
+            end,
+        });
+    }
+
+    /// Notes that a flow was refused.
+    pub(crate) fn refused(&mut self, policy: &mut dyn EgressPolicy, request: &EgressRequest) {
+        let Some(log) = &mut self.log else { return };
+        let reason = || (policy.explain(request), policy.name_of(request));
+        log.refuse(Refused::Flow(*request), reason);
+    }
+
+    /// Notes that a name, or an answer for it, was refused.
+    pub(crate) fn name_refused(&mut self, name: &str, reason: impl FnOnce() -> RefusalReason) {
+        let Some(log) = &mut self.log else { return };
+        log.refuse(Refused::Name(name.to_owned()), || (reason(), None));
+    }
+
+    /// Notes that a limit prevented something.
+    pub(crate) fn limited(&mut self, what: &'static str) {
+        if let Some(log) = &mut self.log
+            && !log.limits.contains(&what)
+        {
+            log.limits.push(what);
+            log.send(NetEvent::Limited(what));
+        }
+    }
+
+    /// Notifies the policy and the log of flows that have ended, and has `registry` call when
+    /// refusals are to be reported.
+    pub(crate) fn report(
+        &mut self,
+        policy: &mut dyn EgressPolicy,
+        now: Instant,
+        registry: Option<&mut (dyn Registry + '_)>,
+    ) {
+        while let Some(flow) = self.ended.pop() {
+            let at = self.epoch + Duration::from_micros(flow.tally.start);
+            if let Some(log) = self.log.as_mut()
+                && log.may_report(now)
+            {
+                let record = record(policy, flow.protocol, &flow.key);
+                let summary = FlowSummary {
+                    from_guest: flow.tally.from_guest,
+                    to_guest: flow.tally.to_guest,
+                    duration: now.saturating_duration_since(at),
+                    end: flow.end,
+                };
+                log.send(NetEvent::Ended(record, summary));
+            }
+            policy.flow_ended(&EgressRequest {
+                protocol: flow.protocol,
+                destination: flow.key.remote(),
+            });
+        }
+        if let (Some(log), Some(registry)) = (&mut self.log, registry)
+            && log.timer.is_none()
+            && (!log.refused.is_empty() || log.lost > 0)
+        {
+            let token = token(TokenKind::Journal, 0);
+            log.timer = registry.set_timer_after(WINDOW, token);
+        }
+    }
+
+    /// Reports refusals that were repeated.
+    pub(crate) fn timer(&mut self) {
+        let Some(log) = &mut self.log else { return };
+        log.timer = None;
+        let mut refused = std::mem::take(&mut log.refused);
+        refused.retain(|refused, repeated| {
+            let again = repeated.count > 0;
+            if again {
+                log.send_refused(refused, repeated.clone_reason(), repeated.count);
+                repeated.count = 0;
+            }
+            again
+        });
+        log.refused = refused;
+        log.tell_lost();
+    }
+
+    /// Reports what was not reported. Without a registry the event loop has ended.
+    pub(crate) fn stop(&mut self, registry: Option<&mut (dyn Registry + '_)>) {
+        let timer = self.log.as_mut().and_then(|log| log.timer.take());
+        if let (Some(timer), Some(registry)) = (timer, registry) {
+            registry.cancel_timer(timer);
+        }
+        self.timer();
+        if let Some(log) = &mut self.log {
+            log.refused.clear();
+        }
+    }
+}
+
+impl Repeated {
+    fn clone_reason(&self) -> (RefusalReason, Option<String>) {
+        (self.reason.clone(), self.name.clone())
+    }
+}
+
+impl Log {
+    /// Returns true if an event about a flow may be reported; counts it as lost otherwise.
+    fn may_report(&mut self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.refilled).as_millis();
+        let more = u64::try_from(since)
+            .unwrap_or(u64::MAX)
+            .saturating_mul(RATE)
+            / 1000;
+        if more > 0 {
+            self.allowance = self.allowance.saturating_add(more).min(BURST);
+            self.refilled = now;
+        }
+        let allowed = self.allowance > 0;
+        if allowed {
+            self.allowance -= 1;
+        } else {
+            self.lost = self.lost.saturating_add(1);
+        }
+        allowed
+    }
+
+    fn refuse(
+        &mut self,
+        refused: Refused,
+        reason: impl FnOnce() -> (RefusalReason, Option<String>),
+    ) {
+        if let Some(repeated) = self.refused.get_mut(&refused) {
+            repeated.count = repeated.count.saturating_add(1);
+            return;
+        }
+        if self.refused.len() >= MAX_REFUSALS {
+            self.lost = self.lost.saturating_add(1);
+            return;
+        }
+        let (reason, name) = reason();
+        self.send_refused(&refused, (reason.clone(), name.clone()), 1);
+        let count = 0;
+        self.refused.insert(
+            refused,
+            Repeated {
+                reason,
+                name,
+                count,
+            },
+        );
+    }
+
+    fn send_refused(
+        &mut self,
+        refused: &Refused,
+        (reason, name): (RefusalReason, Option<String>),
+        count: u64,
+    ) {
+        self.send(match refused {
+            Refused::Flow(request) => NetEvent::Refused(RefusedFlow {
+                protocol: request.protocol,
+                remote: request.destination,
+                name,
+                reason,
+                count,
+            }),
+            Refused::Name(name) => NetEvent::NameRefused(RefusedName {
+                name: name.clone(),
+                reason,
+                count,
+            }),
+        });
+    }
+
+    fn send(&mut self, event: NetEvent) {
+        self.tell_lost();
+        if self.lost > 0 || !(self.sink)(event) {
+            self.lost = self.lost.saturating_add(1);
+        }
+    }
+
+    /// Reports how many events were lost, unless that is lost, too.
+    fn tell_lost(&mut self) {
+        if self.lost > 0 && (self.sink)(NetEvent::Lost(self.lost)) {
+            self.lost = 0;
+        }
+    }
+}
+
+fn record(policy: &mut dyn EgressPolicy, protocol: FlowProtocol, key: &FlowKey) -> FlowRecord {
+    let (guest, remote): (SocketAddr, SocketAddr) = (key.guest(), key.remote());
+    let request = EgressRequest {
+        protocol,
+        destination: remote,
+    };
+    FlowRecord {
+        protocol,
+        guest,
+        remote,
+        name: policy.name_of(&request),
+        rule: policy.narrowest_rule(&request),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc::Receiver;
+
+    use super::super::egress::EgressVerdict;
+    use super::super::events::event_channel;
+    use super::*;
+
+    fn policy(_: &EgressRequest) -> EgressVerdict {
+        EgressVerdict::Prohibit
+    }
+
+    fn request(port: u16) -> EgressRequest {
+        EgressRequest {
+            protocol: FlowProtocol::Tcp,
+            destination: (Ipv4Addr::LOCALHOST, port).into(),
+        }
+    }
+
+    fn key(port: u16) -> FlowKey {
+        let end = |port| (Ipv4Addr::LOCALHOST.into(), port);
+        FlowKey::new(end(1), end(port))
+    }
+
+    fn journal(limit: usize) -> (Journal, Receiver<NetEvent>) {
+        let mut journal = Journal::new();
+        let (sink, events) = event_channel(limit);
+        journal.set_sink(sink);
+        (journal, events)
+    }
+
+    #[test]
+    fn refusals_of_one_destination_are_merged() {
+        let (mut journal, events) = journal(10_000);
+        let counts = |events: &Receiver<NetEvent>| -> Vec<(u16, u64)> {
+            let refusals = events.try_iter().map(|event| match event {
+                NetEvent::Refused(refused) => (refused.remote.port(), refused.count),
+                event => panic!("{event:?}"),
+            });
+            refusals.collect()
+        };
+        for _ in 0..1000 {
+            journal.refused(&mut policy, &request(1));
+        }
+        journal.refused(&mut policy, &request(2));
+        assert_eq!(counts(&events), [(1, 1), (2, 1)]);
+        journal.timer();
+        assert_eq!(counts(&events), [(1, 999)]);
+        // One that was quiet for a window is a new one.
+        journal.refused(&mut policy, &request(2));
+        journal.refused(&mut policy, &request(1));
+        assert_eq!(counts(&events), [(2, 1)]);
+        journal.timer();
+        assert_eq!(counts(&events), [(1, 1)]);
+        journal.timer();
+        assert!(journal.log.unwrap().refused.is_empty());
+    }
+
+    #[test]
+    fn a_scan_of_ports_has_a_bound() {
+        let (mut journal, events) = journal(10_000);
+        for port in 1..=5000 {
+            journal.refused(&mut policy, &request(port));
+        }
+        assert_eq!(events.try_iter().count(), MAX_REFUSALS);
+        journal.timer();
+        let lost = NetEvent::Lost(5000 - MAX_REFUSALS as u64);
+        assert_eq!(events.try_iter().collect::<Vec<_>>(), [lost]);
+        journal.limited("UDP flows");
+        journal.limited("TCP connections");
+        journal.limited("UDP flows");
+        assert_eq!(events.try_iter().count(), 2);
+    }
+
+    #[test]
+    fn flows_have_a_rate_and_what_was_lost_is_counted() {
+        let (mut journal, events) = journal(10_000);
+        let start = Instant::now();
+        for _ in 0..BURST + 500 {
+            journal.opened(&mut policy, FlowProtocol::Tcp, &key(5), start);
+        }
+        assert_eq!(events.try_iter().count() as u64, BURST);
+        // A second later there is room for as many as of a second.
+        let later = start + Duration::from_secs(1);
+        for _ in 0..RATE + 7 {
+            journal.opened(&mut policy, FlowProtocol::Tcp, &key(5), later);
+        }
+        let received: Vec<_> = events.try_iter().collect();
+        assert_eq!(received[0], NetEvent::Lost(500));
+        assert_eq!(received.len() as u64, 1 + RATE);
+    }
+
+    /// A reader that does not read loses events, and stops nobody.
+    #[test]
+    fn a_full_channel_loses_events() {
+        let (mut journal, events) = journal(2);
+        let now = Instant::now();
+        let tally = journal.begin(now);
+        for port in 1..=5 {
+            journal.ended(FlowProtocol::Udp, key(port), tally, FlowEnd::TimedOut);
+        }
+        let later = now + Duration::from_secs(3);
+        journal.report(&mut policy, later, None);
+        let received: Vec<_> = events.try_iter().collect();
+        let [NetEvent::Ended(_, summary), NetEvent::Ended(..)] = &received[..] else {
+            panic!("{received:?}");
+        };
+        assert_eq!(summary.end, FlowEnd::TimedOut);
+        assert!(summary.duration > Duration::from_secs(2));
+        journal.opened(&mut policy, FlowProtocol::Tcp, &key(9), later);
+        assert_eq!(events.recv(), Ok(NetEvent::Lost(3)));
+        assert!(matches!(events.recv(), Ok(NetEvent::Opened(_))));
+        drop(events);
+        journal.limited("UDP flows");
     }
 }

@@ -51,7 +51,7 @@ impl Framer<'_> {
     /// A frame without payload, with a complete checksum: the answer to a segment without a
     /// flow.
     pub(crate) fn stray_segment(&self, key: &FlowKey, segment: &TcpSegment) -> Head {
-        let (source, destination) = (key.remote.ip(), key.guest.ip());
+        let (source, destination) = (key.remote().ip(), key.guest().ip());
         let mut head = self.head(source);
         head.push_ip(
             source,
@@ -147,7 +147,7 @@ impl Output<'_> {
         mss: u16,
         payload: &[IoSlice<'_>],
     ) -> Result<(), LinkFull> {
-        let (source, destination) = (key.remote.ip(), key.guest.ip());
+        let (source, destination) = (key.remote().ip(), key.guest().ip());
         let mut head = self.framer.head(source);
         let len = segment.built_len() + segment.payload;
         head.push_ip(source, destination, IpProtocol::TCP, len, None);

@@ -26,6 +26,7 @@ use self::control::{Control, Effect, Phase};
 use self::flow::TcpFlow;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
+use super::events::FlowEnd;
 use super::flow::{FlowKey, TokenKind, token};
 use super::journal::Journal;
 use super::link::GuestFrame;
@@ -142,9 +143,10 @@ impl TcpFlows {
         let largest = largest_segment(turn.config.mtu, key.is_v6());
         let to_guest = self.store.reserve().ok_or(Failure::Resources)?;
         let initial = self.initial_number(&key, turn.now);
+        let tally = turn.journal.begin(turn.now);
         let control = Control::new(segment, initial, largest, key.is_v6());
         self.table
-            .insert(TcpFlow::new(key, socket, control, to_guest));
+            .insert(TcpFlow::new(key, socket, control, to_guest, tally));
         self.connecting += 1;
         Ok(())
     }
@@ -182,7 +184,7 @@ impl TcpFlows {
         if effect.reset {
             // The peer gets a reset, too.
             let _ = sockopt::set_socket_linger(&*flow.socket, Some(Duration::ZERO));
-            return self.remove(turn.registry, turn.journal, slot);
+            return self.remove(turn.registry, turn.journal, slot, FlowEnd::ResetByGuest);
         }
         if effect.refused.is_some() {
             return refuse(turn, &flow.key, segment);
@@ -205,6 +207,7 @@ impl TcpFlows {
             return;
         };
         flow.to_guest.consume(&mut self.store, effect.acknowledged);
+        flow.tally.to_guest += u64::from(effect.acknowledged);
         flow.end_acknowledged |= effect.end_acknowledged;
         if effect.established || effect.acknowledged > 0 || effect.end_acknowledged {
             flow.tries = 0;
@@ -262,6 +265,7 @@ impl TcpFlows {
             taken = flow.send_host(&mut self.store, frame, offset, part.len);
         }
         flow.control.taken(taken, effect.end && taken == wanted);
+        flow.tally.from_guest += u64::from(taken);
         if flow.host.failed || flow.finish_host().is_err() {
             self.host_failed(slot);
         } else if flow.is_half_closed() && flow.control.in_flight() == 0 {
@@ -294,7 +298,7 @@ impl TcpFlows {
             let _ = sockopt::set_socket_linger(&*flow.socket, Some(Duration::ZERO));
             if flow.control.phase == Phase::Connecting {
                 // The guest repeats its SYN, and that is prohibited.
-                self.remove(turn.registry, turn.journal, slot);
+                self.remove(turn.registry, turn.journal, slot, FlowEnd::Prohibited);
             } else {
                 flow.host.prohibited = true;
                 flow.host.failed = true;
@@ -305,12 +309,18 @@ impl TcpFlows {
     }
 
     /// Removes a flow without a word to the guest.
-    fn remove(&mut self, registry: &mut dyn Registry, journal: &mut Journal, slot: u32) {
+    fn remove(
+        &mut self,
+        registry: &mut dyn Registry,
+        journal: &mut Journal,
+        slot: u32,
+        end: FlowEnd,
+    ) {
         self.ready.remove(slot);
         let Some(flow) = self.table.remove(slot) else {
             return;
         };
-        journal.ended(FlowProtocol::Tcp, &flow.key);
+        journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
             self.connecting -= 1;
         }
@@ -330,10 +340,10 @@ impl TcpFlows {
     ) {
         for slot in self.table.slots() {
             match registry.as_deref_mut() {
-                Some(registry) => self.remove(registry, journal, slot),
+                Some(registry) => self.remove(registry, journal, slot, FlowEnd::Stopped),
                 None => {
                     if let Some(flow) = self.table.remove(slot) {
-                        journal.ended(FlowProtocol::Tcp, &flow.key);
+                        journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, FlowEnd::Stopped);
                     }
                 }
             }
@@ -348,13 +358,13 @@ impl TcpFlows {
 fn request(key: &FlowKey) -> EgressRequest {
     EgressRequest {
         protocol: FlowProtocol::Tcp,
-        destination: key.remote,
+        destination: key.remote(),
     }
 }
 
 /// Answers a segment that belongs to no connection (RFC 9293 3.10.7.1).
 fn refuse(turn: &mut Turn<'_>, key: &FlowKey, segment: &TcpSegment) {
-    let mut reset = TcpSegment::new(key.remote.port(), key.guest.port(), TcpFlags::RST);
+    let mut reset = TcpSegment::new(key.remote().port(), key.guest().port(), TcpFlags::RST);
     if segment.flags.has(TcpFlags::ACK) {
         reset.sequence = segment.acknowledgment;
     } else {
@@ -369,16 +379,16 @@ fn refuse(turn: &mut Turn<'_>, key: &FlowKey, segment: &TcpSegment) {
 fn fail(turn: &mut Turn<'_>, key: &FlowKey, sequence: u32, failure: Failure) {
     match failure {
         Failure::Refused => {
-            let mut syn = TcpSegment::new(key.guest.port(), key.remote.port(), TcpFlags::SYN);
+            let mut syn = TcpSegment::new(key.guest().port(), key.remote().port(), TcpFlags::SYN);
             syn.sequence = sequence;
             refuse(turn, key, &syn);
         }
         Failure::Unreachable(error) => {
-            let [a, b] = key.guest.port().to_be_bytes();
-            let [c, d] = key.remote.port().to_be_bytes();
+            let [a, b] = key.guest().port().to_be_bytes();
+            let [c, d] = key.remote().port().to_be_bytes();
             let [e, f, g, h] = sequence.to_be_bytes();
             let transport = [a, b, c, d, e, f, g, h];
-            let (guest, remote) = (key.guest.ip(), key.remote.ip());
+            let (guest, remote) = (key.guest().ip(), key.remote().ip());
             turn.unreachable(error, guest, remote, IpProtocol::TCP, transport);
         }
         // The guest repeats its SYN.

@@ -49,6 +49,7 @@ impl Turn<'_> {
         };
         if verdict == EgressVerdict::Prohibit {
             self.stats.prohibited += 1;
+            self.journal.refused(self.policy, request);
         }
         verdict
     }
@@ -65,6 +66,11 @@ impl Turn<'_> {
         request.protocol == FlowProtocol::Tcp
             && request.destination.port() == DNS_PORT
             && self.config.is_gateway(request.destination.ip())
+    }
+
+    /// Notes that a flow exists.
+    pub(crate) fn opened(&mut self, protocol: FlowProtocol, key: &FlowKey) {
+        (self.journal).opened(self.policy, protocol, key, self.now);
     }
 
     /// Answers a packet by an error. `transport` is the beginning of its transport header.
@@ -84,9 +90,10 @@ impl Turn<'_> {
     /// Notes that a limit prevented a flow.
     pub(crate) fn limited(&mut self, what: &'static str, key: &FlowKey) {
         if self.stats.limited == 0 {
-            let remote = key.remote;
+            let remote = key.remote();
             tracing::warn!(%remote, "the limit of {what} of the guest is reached");
         }
         self.stats.limited += 1;
+        self.journal.limited(what);
     }
 }

@@ -11,8 +11,9 @@ use sm_event_loop::{Interest, Readiness, Registered, Registry, SlotQueue, Timer}
 use super::answers::Answers;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
+use super::events::FlowEnd;
 use super::flow::{FlowKey, TokenKind, token};
-use super::journal::Journal;
+use super::journal::{Journal, Tally};
 use super::link::{GuestFrame, LinkFull};
 use super::output::Output;
 use super::socket::{self, Failure};
@@ -29,6 +30,7 @@ const TICK: Duration = Duration::from_secs(1);
 
 struct UdpFlow {
     key: FlowKey,
+    tally: Tally,
     socket: Registered<OwnedFd>,
     readable: bool,
     /// The guest has sent several datagrams.
@@ -103,7 +105,7 @@ impl UdpFlows {
                 Err(failure) => return reject(turn, &key, header.len.get(), failure),
             },
         };
-        let Some(flow) = self.table.get(slot) else {
+        let Some(flow) = self.table.get_mut(slot) else {
             return;
         };
         // The first call may return the error of an earlier datagram.
@@ -116,7 +118,10 @@ impl UdpFlows {
             sent = frame.send(offset, len, flow.socket.as_fd());
         }
         match sent {
-            Ok(_) => turn.stats.udp_from_guest += 1,
+            Ok(_) => {
+                turn.stats.udp_from_guest += 1;
+                flow.tally.from_guest += len as u64;
+            }
             Err(error) => {
                 turn.stats.udp_dropped += 1;
                 let failure = match Errno::from_io_error(&error) {
@@ -143,7 +148,7 @@ impl UdpFlows {
             turn.limited("UDP flows", &key);
             let oldest = self.young.first().or_else(|| self.settled.first());
             let oldest = oldest.ok_or(Failure::Resources)?;
-            self.remove(turn.registry, turn.journal, oldest);
+            self.remove(turn.registry, turn.journal, oldest, FlowEnd::Evicted);
         }
         let socket = socket::connect_datagram(address).map_err(Failure::of)?;
         let slot = self.table.next_slot();
@@ -154,6 +159,7 @@ impl UdpFlows {
         let socket = socket.map_err(|error| Failure::of_io(&error))?;
         self.table.insert(UdpFlow {
             key,
+            tally: turn.journal.begin(turn.now),
             socket,
             readable: false,
             settled: false,
@@ -162,6 +168,7 @@ impl UdpFlows {
         self.young.push_back(slot);
         self.arm(turn.registry);
         turn.policy.flow_opened(&request);
+        turn.opened(FlowProtocol::Udp, &key);
         Ok(slot)
     }
 
@@ -208,7 +215,7 @@ impl UdpFlows {
         while let Some((end, slot)) = self.next_end()
             && end <= turn.now
         {
-            self.remove(turn.registry, turn.journal, slot);
+            self.remove(turn.registry, turn.journal, slot, FlowEnd::TimedOut);
         }
         self.arm(turn.registry);
     }
@@ -250,7 +257,7 @@ impl UdpFlows {
             return Ok(());
         };
         let payload = self.buffer.get(..held.len).unwrap_or_default();
-        output.datagram(held.key.remote, held.key.guest, payload, self.id)?;
+        output.datagram(held.key.remote(), held.key.guest(), payload, self.id)?;
         output.stats.udp_to_guest += 1;
         self.id = self.id.wrapping_add(1);
         self.held = None;
@@ -268,6 +275,7 @@ impl UdpFlows {
             match rustix::net::recv(&*flow.socket, buffer, RecvFlags::empty()) {
                 Ok((len, _)) => {
                     let key = flow.key;
+                    flow.tally.to_guest += len as u64;
                     self.held = Some(Held { key, len });
                     return true;
                 }
@@ -281,7 +289,7 @@ impl UdpFlows {
                     let Some(error) = unreachable(Failure::of(error)) else {
                         continue;
                     };
-                    let (guest, remote) = (flow.key.guest.ip(), flow.key.remote.ip());
+                    let (guest, remote) = (flow.key.guest().ip(), flow.key.remote().ip());
                     let transport = quote(&flow.key, 8);
                     let protocol = IpProtocol::UDP;
                     let framer = output.framer;
@@ -298,17 +306,23 @@ impl UdpFlows {
         for slot in self.table.slots() {
             let flow = self.table.get(slot);
             if flow.is_some_and(|flow| !turn.may_continue(&request(&flow.key))) {
-                self.remove(turn.registry, turn.journal, slot);
+                self.remove(turn.registry, turn.journal, slot, FlowEnd::Prohibited);
             }
         }
     }
 
-    fn remove(&mut self, registry: &mut dyn Registry, journal: &mut Journal, slot: u32) {
+    fn remove(
+        &mut self,
+        registry: &mut dyn Registry,
+        journal: &mut Journal,
+        slot: u32,
+        end: FlowEnd,
+    ) {
         for queue in [&mut self.ready, &mut self.young, &mut self.settled] {
             queue.remove(slot);
         }
         if let Some(flow) = self.table.remove(slot) {
-            journal.ended(FlowProtocol::Udp, &flow.key);
+            journal.ended(FlowProtocol::Udp, flow.key, flow.tally, end);
             drop(registry.remove(flow.socket));
         }
     }
@@ -321,14 +335,14 @@ impl UdpFlows {
     ) {
         if let Some(registry) = registry {
             for slot in self.table.slots() {
-                self.remove(registry, journal, slot);
+                self.remove(registry, journal, slot, FlowEnd::Stopped);
             }
             if let Some(timer) = self.timer.take() {
                 registry.cancel_timer(timer);
             }
         }
         for flow in self.table.iter() {
-            journal.ended(FlowProtocol::Udp, &flow.key);
+            journal.ended(FlowProtocol::Udp, flow.key, flow.tally, FlowEnd::Stopped);
         }
         *self = Self::new(self.limits);
     }
@@ -338,14 +352,14 @@ impl UdpFlows {
 fn request(key: &FlowKey) -> EgressRequest {
     EgressRequest {
         protocol: FlowProtocol::Udp,
-        destination: key.remote,
+        destination: key.remote(),
     }
 }
 
 /// The beginning of a datagram of the guest.
 fn quote(key: &FlowKey, len: u16) -> [u8; 8] {
-    let [a, b] = key.guest.port().to_be_bytes();
-    let [c, d] = key.remote.port().to_be_bytes();
+    let [a, b] = key.guest().port().to_be_bytes();
+    let [c, d] = key.remote().port().to_be_bytes();
     let [e, f] = len.to_be_bytes();
     [a, b, c, d, e, f, 0, 0]
 }
@@ -363,7 +377,7 @@ fn unreachable(failure: Failure) -> Option<IcmpUnreachable> {
 fn reject(turn: &mut Turn<'_>, key: &FlowKey, len: u16, failure: Failure) {
     match unreachable(failure) {
         Some(error) => {
-            let (guest, remote): (SocketAddr, SocketAddr) = (key.guest, key.remote);
+            let (guest, remote): (SocketAddr, SocketAddr) = (key.guest(), key.remote());
             let transport = quote(key, len);
             turn.unreachable(error, guest.ip(), remote.ip(), IpProtocol::UDP, transport);
         }

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use super::host::{HostWatch, local_addresses};
 use super::{DnsPins, HostAddresses, NetPolicy, PolicyVerdict, effective_address};
-use crate::engine::{EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineHandle};
+use crate::engine::{
+    EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineHandle, RefusalReason,
+};
 
 /// Names of addresses that are stored.
 const PINS: usize = 4096;
@@ -188,6 +190,59 @@ impl EgressPolicy for PolicyGate {
 
     fn may_continue(&mut self, request: &EgressRequest) -> bool {
         lock(&self.state).judge(request).0.is_allowed()
+    }
+
+    fn explain(&mut self, request: &EgressRequest) -> RefusalReason {
+        let (verdict, _) = lock(&self.state).judge(request);
+        RefusalReason {
+            rule: match &verdict {
+                PolicyVerdict::NotAllowed(rule) => Some(rule.to_string()),
+                _ => None,
+            },
+            text: verdict.to_string(),
+        }
+    }
+
+    fn explain_name(&mut self, name: &str) -> RefusalReason {
+        match lock(&self.state).policy.denies_name(name) {
+            Some(rule) => RefusalReason {
+                text: format!("denied by \"{rule}\""),
+                rule: None,
+            },
+            None => RefusalReason {
+                text: format!("not allowed; \"{name}\" would allow it"),
+                rule: Some(name.to_owned()),
+            },
+        }
+    }
+
+    fn explain_answer(&mut self, address: IpAddr) -> RefusalReason {
+        let state = lock(&self.state);
+        let rule = state.policy.rule_for_answer(address, &state.host);
+        RefusalReason {
+            text: format!("an answer has {address}; \"{rule}\" would allow it"),
+            rule: Some(rule.to_string()),
+        }
+    }
+
+    fn name_of(&mut self, request: &EgressRequest) -> Option<String> {
+        let state = lock(&self.state);
+        let address = request.destination.ip();
+        let name = state.policy.name_of(address, &state.pins, Instant::now());
+        name.map(str::to_owned)
+    }
+
+    fn narrowest_rule(&mut self, request: &EgressRequest) -> Option<String> {
+        let mut state = lock(&self.state);
+        let (_, reached) = state.judge(request);
+        let rule = state.policy.narrowest_rule(
+            request.protocol,
+            reached.destination,
+            &state.host,
+            &state.pins,
+            Instant::now(),
+        );
+        Some(rule.to_string())
     }
 
     fn flow_opened(&mut self, request: &EgressRequest) {

@@ -296,6 +296,19 @@ impl NetRule {
         }
     }
 
+    /// Creates a rule for some ports.
+    pub(super) fn of_ports(
+        protocol: Option<FlowProtocol>,
+        target: RuleTarget,
+        ports: RangeInclusive<u16>,
+    ) -> Self {
+        Self {
+            protocol,
+            target,
+            ports: Some(ports),
+        }
+    }
+
     /// Returns the hosts of the rule.
     #[must_use]
     pub fn target(&self) -> &RuleTarget {

@@ -14,13 +14,14 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::process::Command;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use sm_devices_net::engine::{
     EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineStats, FlowProtocol,
-    NameServers, NetEngine,
+    NameServers, NetEngine, NetEvent, event_channel,
 };
 use sm_devices_net::policy::local_addresses;
 use sm_event_loop::EventLoop;
@@ -162,6 +163,13 @@ impl Rig {
             .unwrap()
             .engine
             .set_name_servers(servers);
+    }
+
+    /// Returns the events of the engine from now on.
+    pub(crate) fn events(&self) -> Receiver<NetEvent> {
+        let (sink, events) = event_channel(10_000);
+        self.gateway.lock().unwrap().engine.set_event_sink(sink);
+        events
     }
 
     /// Loses one of `to_guest` and one of `from_guest` frames from now on; zero for none.

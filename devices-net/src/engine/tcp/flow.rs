@@ -9,6 +9,7 @@ use rustix::net::Shutdown;
 use sm_event_loop::{Registered, Registry, Timer};
 
 use super::super::flow::{FlowKey, TokenKind, token};
+use super::super::journal::Tally;
 use super::super::link::GuestFrame;
 use super::super::socket;
 use super::super::store::{ByteQueue, ChunkStore, Cursor};
@@ -51,6 +52,7 @@ pub(super) struct Host {
 /// One TCP flow.
 pub(super) struct TcpFlow {
     pub(super) key: FlowKey,
+    pub(super) tally: Tally,
     pub(super) socket: Registered<OwnedFd>,
     pub(super) control: Control,
     pub(super) host: Host,
@@ -86,9 +88,11 @@ impl TcpFlow {
         socket: Registered<OwnedFd>,
         control: Control,
         to_guest: ByteQueue,
+        tally: Tally,
     ) -> Self {
         Self {
             key,
+            tally,
             socket,
             control,
             host: Host::default(),

@@ -2,7 +2,9 @@
 
 use sm_event_loop::Readiness;
 
-use super::super::socket::take_error;
+use super::super::egress::FlowProtocol;
+use super::super::events::FlowEnd;
+use super::super::socket::{Failure, take_error};
 use super::super::turn::Turn;
 use super::control::Phase;
 use super::{TcpFlows, fail, failure};
@@ -46,6 +48,7 @@ impl TcpFlows {
                 flow.host.connected = true;
                 self.connecting -= 1;
                 turn.stats.tcp_connected += 1;
+                turn.opened(FlowProtocol::Tcp, &flow.key);
                 true
             }
             Ok(()) => false,
@@ -53,7 +56,12 @@ impl TcpFlows {
                 let key = flow.key;
                 let sequence = flow.control.receive_next.wrapping_sub(1);
                 turn.stats.tcp_failed += 1;
-                self.remove(turn.registry, turn.journal, slot);
+                let end = match failure(error) {
+                    Failure::Refused => FlowEnd::Refused,
+                    Failure::Unreachable(_) => FlowEnd::Unreachable,
+                    Failure::Resources => FlowEnd::Evicted,
+                };
+                self.remove(turn.registry, turn.journal, slot, end);
                 fail(turn, &key, sequence, failure(error));
                 false
             }

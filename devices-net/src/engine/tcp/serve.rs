@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 
 use sm_event_loop::Registry;
 
+use super::super::events::FlowEnd;
 use super::super::link::LinkFull;
 use super::super::output::{MAX_PARTS, Output, largest_segment};
 use super::super::turn::Turn;
@@ -53,7 +54,7 @@ impl TcpFlows {
             return Ok(false);
         }
         if flow.host.prohibited {
-            return self.reset(slot, output, registry);
+            return self.reset(slot, output, registry, FlowEnd::Prohibited);
         }
         if flow.control.phase != Phase::Open {
             self.accept(slot, output, registry)?;
@@ -71,14 +72,14 @@ impl TcpFlows {
             left = left.saturating_sub(sent);
         }
         if failed {
-            return self.reset(slot, output, registry);
+            return self.reset(slot, output, registry, FlowEnd::ResetByPeer);
         }
         self.acknowledge(slot, output)?;
         let Some(flow) = self.table.get_mut(slot) else {
             return Ok(false);
         };
         if flow.is_over() {
-            self.remove(registry, output.journal, slot);
+            self.remove(registry, output.journal, slot, FlowEnd::Closed);
             return Ok(false);
         }
         Ok(left == 0)
@@ -101,7 +102,7 @@ impl TcpFlows {
         }
         let (key, mss) = (flow.key, control.mss);
         let flags = TcpFlags::SYN.and(TcpFlags::ACK);
-        let mut segment = TcpSegment::new(key.remote.port(), key.guest.port(), flags);
+        let mut segment = TcpSegment::new(key.remote().port(), key.guest().port(), flags);
         segment.sequence = control.send_first;
         segment.acknowledgment = control.receive_next;
         segment.options = control.options(largest_segment(output.framer.config.mtu, key.is_v6()));
@@ -187,7 +188,7 @@ impl TcpFlows {
                 flags = flags.and(TcpFlags::FIN);
             }
             let room = flow.room(&self.store, self.limits.tcp_stored);
-            let mut segment = TcpSegment::new(key.remote.port(), key.guest.port(), flags);
+            let mut segment = TcpSegment::new(key.remote().port(), key.guest().port(), flags);
             segment.sequence = flow.control.send_next;
             segment.acknowledgment = flow.control.receive_next;
             segment.window = flow.control.grant(room, false);
@@ -221,7 +222,8 @@ impl TcpFlows {
         }
         while flow.acknowledgments > 0 || flow.ask {
             let key = flow.key;
-            let mut segment = TcpSegment::new(key.remote.port(), key.guest.port(), TcpFlags::ACK);
+            let mut segment =
+                TcpSegment::new(key.remote().port(), key.guest().port(), TcpFlags::ACK);
             // A number that the guest has acknowledged makes it answer.
             segment.sequence = match flow.ask {
                 true => flow.control.send_first.wrapping_sub(1),
@@ -243,29 +245,30 @@ impl TcpFlows {
         slot: u32,
         output: &mut Output<'_>,
         registry: &mut dyn Registry,
+        end: FlowEnd,
     ) -> Result<bool, LinkFull> {
         if let Some(flow) = self.table.get(slot) {
             let head = output.framer.stray_segment(&flow.key, &reset(flow));
             output.frame(&head, &[])?;
         }
-        self.remove(registry, output.journal, slot);
+        self.remove(registry, output.journal, slot, end);
         Ok(false)
     }
 
-    /// Ends a flow, and notifies the guest unless too much else waits.
+    /// Ends a flow of a guest that does not answer, and notifies it unless too much else waits.
     pub(super) fn abort(&mut self, turn: &mut Turn<'_>, slot: u32) {
         if let Some(flow) = self.table.get(slot) {
             let head = turn.framer().stray_segment(&flow.key, &reset(flow));
             turn.answers.push(head);
         }
-        self.remove(turn.registry, turn.journal, slot);
+        self.remove(turn.registry, turn.journal, slot, FlowEnd::TimedOut);
     }
 }
 
 /// The segment that ends a flow.
 fn reset(flow: &TcpFlow) -> TcpSegment {
     let flags = TcpFlags::RST.and(TcpFlags::ACK);
-    let mut reset = TcpSegment::new(flow.key.remote.port(), flow.key.guest.port(), flags);
+    let mut reset = TcpSegment::new(flow.key.remote().port(), flow.key.guest().port(), flags);
     reset.sequence = flow.control.send_end;
     reset.acknowledgment = flow.control.receive_next;
     reset
