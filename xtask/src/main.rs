@@ -10,6 +10,7 @@ mod bench_disk;
 mod bench_image;
 mod bench_kernel;
 mod bench_life;
+mod bench_net;
 mod bench_restore;
 mod bench_vsock;
 mod build;
@@ -82,6 +83,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::BenchImage(options) => bench_image::run(&apt, &options)?,
         Invocation::BenchKernel(options) => bench_kernel::run(&apt, &options)?,
         Invocation::BenchLife(options) => bench_life::run(&apt, &options)?,
+        Invocation::BenchNet(options) => bench_net::run(&apt, &options)?,
         Invocation::BenchRestore(options) => bench_restore::run(&apt, &options)?,
         Invocation::BenchVsock(options) => bench_vsock::run(&apt, &options)?,
         Invocation::Fuzz(options) => fuzz::run(&apt, &options)?,

@@ -9,6 +9,7 @@ use crate::bench_disk;
 use crate::bench_image;
 use crate::bench_kernel;
 use crate::bench_life;
+use crate::bench_net;
 use crate::bench_restore;
 use crate::bench_vsock;
 use crate::build::BuildProfile;
@@ -47,6 +48,8 @@ Developer commands of sm: cargo xtask COMMAND
               [--vs VMLINUX]...
   bench-life  what disks cost the start of VMs, and how fast sm cp is
               [--rounds N] [--mib N]
+  bench-net   the network engine against pasta and slirp4netns, in network namespaces
+              [--rounds N] [--seconds N] [--only NAME] [--json FILE]
   bench-restore
               how long restoring takes, phase by phase, against a floor and rivals
               [--iterations N] [--memory MIB]... [--vcpus N]... [--vs RIVAL]...
@@ -82,6 +85,7 @@ pub(crate) enum Invocation {
     BenchImage(bench_image::BenchImageOptions),
     BenchKernel(bench_kernel::BenchKernelOptions),
     BenchLife(bench_life::BenchLifeOptions),
+    BenchNet(bench_net::BenchNetOptions),
     BenchRestore(bench_restore::BenchRestoreOptions),
     BenchVsock(bench_vsock::BenchVsockOptions),
     Fuzz(fuzz::FuzzOptions),
@@ -142,6 +146,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-life" => Invocation::BenchLife(bench_life(parser)?),
+        "bench-net" => Invocation::BenchNet(bench_net(parser)?),
         "bench-restore" => Invocation::BenchRestore(bench_restore(parser)?),
         "bench-vsock" => Invocation::BenchVsock(bench_vsock(parser)?),
         "dist" => Invocation::Dist(dist::DistOptions {
@@ -313,6 +318,20 @@ fn bench_disk(mut parser: lexopt::Parser) -> Result<bench_disk::BenchDiskOptions
             Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
             Long("only") => options.only = Some(parser.value()?.string()?),
             Long("directory") => options.directory = Some(parser.value()?.into()),
+            Long("json") => options.json = Some(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(options)
+}
+
+fn bench_net(mut parser: lexopt::Parser) -> Result<bench_net::BenchNetOptions> {
+    let mut options = bench_net::BenchNetOptions::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
+            Long("seconds") => options.seconds = Some(parser.value()?.parse()?),
+            Long("only") => options.only = Some(parser.value()?.string()?),
             Long("json") => options.json = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }
