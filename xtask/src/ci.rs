@@ -1,5 +1,7 @@
 //! `cargo xtask ci`: all checks of a change.
 
+use std::fs;
+
 use anyhow::Result;
 
 use crate::apt::Apt;
@@ -10,6 +12,7 @@ use crate::{cmd, deny, needs, package, paths, tidy};
 
 pub(crate) fn run(apt: &Apt) -> Result<()> {
     needs::everything(apt)?;
+    note_space();
     let kernel = KernelBuild::start();
     cmd::step("checking the format");
     cmd::check(&mut cargo(["fmt", "--all", "--check"]))?;
@@ -61,6 +64,28 @@ pub(crate) fn run(apt: &Apt) -> Result<()> {
         .env("CUSTOM_LIBFUZZER_PATH", "/nowhere/libFuzzer.a"),
     )?;
     test::run(apt, &TestOptions::default(), Some(kernel))
+}
+
+/// Bytes that all steps write together, about.
+const SPACE: u64 = 8 << 30;
+
+/// Notes that the disk is probably too small: what fails then does not always say so.
+fn note_space() {
+    let free = fs::create_dir_all(paths::target())
+        .ok()
+        .and_then(|()| {
+            let mut df = cmd::command("df", ["--output=avail", "--block-size=1"]);
+            cmd::text(df.arg(paths::target())).ok()
+        })
+        .and_then(|text| text.lines().last()?.trim().parse().ok())
+        .unwrap_or(u64::MAX);
+    if free < SPACE {
+        cmd::note(format_args!(
+            "{} MiB are free for the build output, and the steps write about {}",
+            free >> 20,
+            SPACE >> 20
+        ));
+    }
 }
 
 /// The features of `sm-image`, each of which compiles alone. The workspace enables all.
