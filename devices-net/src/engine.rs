@@ -126,7 +126,7 @@ impl NetEngine {
             tcp: TcpFlows::new(config.limits),
             udp: UdpFlows::new(config.limits),
             echoes: Echoes::new(config.limits),
-            dns: DnsProxy::new(config.limits.lookups),
+            dns: DnsProxy::new(config.limits),
             fragments: Fragments::new(config.limits),
             fragments_timer: None,
             control,
@@ -454,7 +454,14 @@ impl Flows<'_> {
                     && key.remote().port() == DNS_PORT
                     && turn.config.is_gateway(packet.destination)
                 {
-                    self.dns.receive(turn, key, frame, payload);
+                    self.dns.receive(turn, key, frame, payload, None);
+                    return Ok(());
+                }
+                if key.remote().port() == DNS_PORT && turn.policy.restricts_names() {
+                    // The answers matter.
+                    if let Some(server) = udp::judge(turn, &key, header.len.get()) {
+                        (self.dns).receive(turn, key, frame, payload, Some(server));
+                    }
                     return Ok(());
                 }
                 self.udp.receive(turn, key, &header, frame, payload);

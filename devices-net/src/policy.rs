@@ -70,6 +70,9 @@ pub enum PolicyVerdict {
     Denied(NetRule),
     /// No rule allows it; this one would.
     NotAllowed(NetRule),
+    /// Rules have names, and those of such a flow cannot be read: QUIC, encrypted questions to
+    /// name servers, or questions to neighbours. This rule would allow it nevertheless.
+    HidesNames(NetRule),
     /// Its address is not that of one host.
     NotUnicast,
 }
@@ -89,6 +92,12 @@ impl fmt::Display for PolicyVerdict {
             Self::AllowedByDefault => f.write_str("public"),
             Self::Denied(rule) => write!(f, "denied by \"{rule}\""),
             Self::NotAllowed(rule) => write!(f, "not allowed; \"{rule}\" would allow it"),
+            Self::HidesNames(rule) => {
+                write!(
+                    f,
+                    "names in it cannot be checked; \"{rule}\" would allow it"
+                )
+            }
             Self::NotUnicast => f.write_str("not the address of one host"),
         }
     }
@@ -146,10 +155,17 @@ impl NetPolicy {
             let is_name = matches!(rule.target, RuleTarget::Name(_));
             covers(rule) && (by_name || !is_name)
         };
-        if let Some(rule) = self.allow.iter().find(allows) {
+        let hides = self.has_names() && hides_names(protocol, port);
+        let is_meant = |rule: &&NetRule| !hides || rule.is_specific();
+        if let Some(rule) = (self.allow.iter()).find(|rule| allows(rule) && is_meant(rule)) {
             return PolicyVerdict::Allowed(rule.clone());
         }
-        if self.allow.is_empty() && class == AddressClass::Public {
+        let by_default = self.allow.is_empty() && class == AddressClass::Public;
+        if hides && (by_default || self.allow.iter().any(|rule| allows(&rule))) {
+            let rule = self.narrowest_rule(protocol, destination, host, pins, now);
+            return PolicyVerdict::HidesNames(rule);
+        }
+        if by_default {
             return PolicyVerdict::AllowedByDefault;
         }
         let rule = self.narrowest_rule(protocol, destination, host, pins, now);
@@ -258,6 +274,16 @@ impl NetPolicy {
             AddressClass::NotUnicast => false,
             _ => self.allow.iter().any(contains),
         }
+    }
+}
+
+/// Returns true for flows in which names are not readable: QUIC (RFC 9114), DNS over TLS and QUIC
+/// (RFC 7858, 9250), and questions to neighbours (RFC 6762, 4795). Programs do without them.
+fn hides_names(protocol: FlowProtocol, port: u16) -> bool {
+    match protocol {
+        FlowProtocol::Tcp => matches!(port, 853 | 5355),
+        FlowProtocol::Udp => matches!(port, 443 | 853 | 5353 | 5355),
+        FlowProtocol::Echo => false,
     }
 }
 

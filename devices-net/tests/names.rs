@@ -180,7 +180,8 @@ fn questions_go_to_the_servers_of_the_host() {
     let mut numbers = std::collections::BTreeSet::new();
     for last in 1..20 {
         let number = std::cell::Cell::new([0; 2]);
-        let (code, address) = ask("www.example.com", &|| {
+        let name = format!("www{last}.example.com");
+        let (code, address) = ask(&name, &|| {
             let asked = answer(&servers[0], Ok(last));
             number.set([asked[0], asked[1]]);
             asked

@@ -16,10 +16,12 @@ const MAX_REFERENCES: usize = 128;
 const TYPE_A: u16 = 1;
 const TYPE_CNAME: u16 = 5;
 const TYPE_AAAA: u16 = 28;
-const TYPE_OPT: u16 = 41;
-const TYPE_SVCB: u16 = 64;
-const TYPE_HTTPS: u16 = 65;
+pub(super) const TYPE_OPT: u16 = 41;
+pub(super) const TYPE_SVCB: u16 = 64;
+pub(super) const TYPE_HTTPS: u16 = 65;
 const CLASS_IN: u16 = 1;
+/// The option for the reason of an error (RFC 8914 2).
+const EXTENDED_ERROR: u8 = 15;
 /// Parameters of SVCB records with addresses (RFC 9460 14.3.2).
 const IPV4_HINT: u16 = 4;
 const IPV6_HINT: u16 = 6;
@@ -27,6 +29,7 @@ const IPV6_HINT: u16 = 6;
 /// Flags in the third and fourth byte of a message.
 const RESPONSE: u8 = 0x80;
 const OPCODE: u8 = 0x78;
+pub(super) const TRUNCATED: u8 = 0x02;
 const RECURSION_DESIRED: u8 = 0x01;
 const RECURSION_AVAILABLE: u8 = 0x80;
 const CODE: u8 = 0x0f;
@@ -59,8 +62,31 @@ pub enum ResponseCode {
     ServerFailure,
     /// There is no such name.
     NoSuchName,
+    /// There is no such name for the guest.
+    Prohibited(ExtendedError),
+    /// The response is too long for a datagram.
+    TooLong,
     /// The kind of question is not supported.
     NotImplemented,
+}
+
+/// The reason of a refusal (RFC 8914).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExtendedError {
+    /// A rule denies it.
+    Blocked,
+    /// No rule allows it.
+    Filtered,
+}
+
+impl ExtendedError {
+    fn number(self) -> u8 {
+        match self {
+            Self::Blocked => 15,
+            Self::Filtered => 17,
+        }
+    }
 }
 
 impl ResponseCode {
@@ -68,7 +94,8 @@ impl ResponseCode {
         match self {
             Self::FormatError => 1,
             Self::ServerFailure => 2,
-            Self::NoSuchName => 3,
+            Self::NoSuchName | Self::Prohibited(_) => 3,
+            Self::TooLong => 0,
             Self::NotImplemented => 4,
         }
     }
@@ -284,13 +311,22 @@ pub fn refusal(question: &[u8], code: ResponseCode, response: &mut Vec<u8>) {
         return;
     };
     header[2] = RESPONSE | header[2] & (OPCODE | RECURSION_DESIRED);
+    if code == ResponseCode::TooLong {
+        header[2] |= TRUNCATED;
+    }
     header[3] = RECURSION_AVAILABLE | code.number();
     header[4..].copy_from_slice(&[0, count, 0, 0, 0, 0, 0, 0]);
     if has_options(question, end) {
         header[11] = 1;
-        // An empty name, the type, 1232 bytes (RFC 9715), and nothing else.
+        // An empty name, the type, and 1232 bytes (RFC 9715).
         let [high, low] = TYPE_OPT.to_be_bytes();
-        response.extend_from_slice(&[0, high, low, 4, 208, 0, 0, 0, 0, 0, 0]);
+        response.extend_from_slice(&[0, high, low, 4, 208, 0, 0, 0, 0]);
+        match code {
+            ResponseCode::Prohibited(error) => {
+                response.extend_from_slice(&[0, 6, 0, EXTENDED_ERROR, 0, 2, 0, error.number()]);
+            }
+            _ => response.extend_from_slice(&[0, 0]),
+        }
     }
 }
 
@@ -303,14 +339,14 @@ fn has_options(question: &[u8], end: usize) -> bool {
     question.get(10..12) == Some(&[0, 1]) && is_options() == Ok(true)
 }
 
-fn read_u16(bytes: &[u8], at: usize) -> Result<u16, MalformedMessage> {
+pub(super) fn read_u16(bytes: &[u8], at: usize) -> Result<u16, MalformedMessage> {
     let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
     word.map(|word| u16::from_be_bytes(*word))
         .ok_or(MalformedMessage::Truncated)
 }
 
 /// Returns the position after a name.
-fn skip_name(message: &[u8], at: usize) -> Result<usize, MalformedMessage> {
+pub(super) fn skip_name(message: &[u8], at: usize) -> Result<usize, MalformedMessage> {
     let mut at = at;
     loop {
         let len = *message.get(at).ok_or(MalformedMessage::Truncated)?;

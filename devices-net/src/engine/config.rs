@@ -110,6 +110,10 @@ pub struct EngineLimits {
     pub echo_timeout: Duration,
     /// Questions to name servers that wait for an answer; at the limit the oldest fails.
     pub lookups: usize,
+    /// Answers of name servers that are stored.
+    pub stored_answers: usize,
+    /// Bytes of these answers together.
+    pub stored_answers_bytes: usize,
     /// Packets of which some fragments are missing.
     pub reassembled: usize,
     /// Bytes of these packets together.
@@ -131,6 +135,8 @@ impl Default for EngineLimits {
             echoes: 64,
             echo_timeout: Duration::from_secs(5),
             lookups: 256,
+            stored_answers: 2048,
+            stored_answers_bytes: 512 << 10,
             reassembled: 64,
             reassembled_bytes: 1 << 20,
             reassembly_timeout: Duration::from_secs(10),

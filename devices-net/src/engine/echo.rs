@@ -170,7 +170,7 @@ impl Echoes {
         let to = SocketAddr::new(address.ip(), 0);
         sendto(&*socket.socket, message, SendFlags::NOSIGNAL, &to).map_err(Failure::of)?;
         turn.stats.echoes += 1;
-        turn.opened(FlowProtocol::Echo, &key);
+        turn.opened_once(FlowProtocol::Echo, &key);
         self.number = number.wrapping_add(1);
         if self.requests.len() >= self.limits.echoes.max(1) {
             self.requests.pop_front();

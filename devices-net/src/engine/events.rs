@@ -29,7 +29,8 @@ pub fn event_channel(limit: usize) -> (EventSink, Receiver<NetEvent>) {
 #[non_exhaustive]
 pub enum NetEvent {
     /// A flow exists: the host is connected, or has sent a datagram or an echo request. Echo
-    /// requests have no end; those of one destination that follow each other are one event.
+    /// requests, and questions to a name server that the guest has chosen, have no end; those of
+    /// one destination that follow each other are one event.
     Opened(FlowRecord),
     /// A flow has ended. One of TCP that could not connect has no [`Self::Opened`].
     Ended(FlowRecord, FlowSummary),

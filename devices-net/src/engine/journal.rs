@@ -1,7 +1,7 @@
 //! Flows that begin, end or are refused, on their way to the policy and to a log.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use sm_event_loop::{Registry, Timer};
@@ -19,8 +19,8 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// Events about flows: so many at once, and so many in a second.
 const BURST: u64 = 2000;
 const RATE: u64 = 200;
-/// Destinations of echo requests that were reported.
-const ECHOES: usize = 16;
+/// Destinations of echo requests and questions that were reported.
+const BRIEF: usize = 16;
 
 /// The account of a flow that exists.
 #[derive(Clone, Copy, Debug, Default)]
@@ -64,7 +64,8 @@ struct Log {
     refused: HashMap<Refused, Repeated>,
     timer: Option<Timer>,
     limits: Vec<&'static str>,
-    echoes: Vec<IpAddr>,
+    /// The last of the flows that have no end.
+    brief: Vec<(FlowProtocol, SocketAddr)>,
 }
 
 /// Notes of one engine.
@@ -93,7 +94,7 @@ impl Journal {
             refused: HashMap::new(),
             timer: None,
             limits: Vec::new(),
-            echoes: Vec::new(),
+            brief: Vec::new(),
         });
     }
 
@@ -115,20 +116,30 @@ impl Journal {
         now: Instant,
     ) {
         let Some(log) = &mut self.log else { return };
-        if protocol == FlowProtocol::Echo {
-            let address = key.remote().ip();
-            if log.echoes.contains(&address) {
-                return;
-            }
-            if log.echoes.len() >= ECHOES {
-                log.echoes.remove(0);
-            }
-            log.echoes.push(address);
-        }
         if log.may_report(now) {
             let record = record(policy, protocol, key);
             log.send(NetEvent::Opened(record));
         }
+    }
+
+    /// Notes that a flow exists that has no end, if it is not one of the last.
+    pub(crate) fn opened_once(
+        &mut self,
+        policy: &mut dyn EgressPolicy,
+        protocol: FlowProtocol,
+        key: &FlowKey,
+        now: Instant,
+    ) {
+        let Some(log) = &mut self.log else { return };
+        let this = (protocol, key.remote());
+        if log.brief.contains(&this) {
+            return;
+        }
+        if log.brief.len() >= BRIEF {
+            log.brief.remove(0);
+        }
+        log.brief.push(this);
+        self.opened(policy, protocol, key, now);
     }
 
     /// Notes that a flow has ended.

@@ -52,6 +52,8 @@ pub struct EngineStats {
     pub fragments_dropped: u64,
     /// Questions to the guest's name server.
     pub dns_questions: u64,
+    /// Questions that a stored answer has answered.
+    pub dns_stored: u64,
     /// Echo requests that were sent.
     pub echoes: u64,
 }

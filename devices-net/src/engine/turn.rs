@@ -73,6 +73,11 @@ impl Turn<'_> {
         (self.journal).opened(self.policy, protocol, key, self.now);
     }
 
+    /// Notes that a flow exists that has no end, unless it was noted a short while ago.
+    pub(crate) fn opened_once(&mut self, protocol: FlowProtocol, key: &FlowKey) {
+        (self.journal).opened_once(self.policy, protocol, key, self.now);
+    }
+
     /// Answers a packet by an error. `transport` is the beginning of its transport header.
     pub(crate) fn unreachable(
         &mut self,

@@ -348,6 +348,19 @@ impl UdpFlows {
     }
 }
 
+/// Asks the policy about a datagram of `len` bytes that needs no flow; returns the address that it
+/// is for, or notifies the guest that it is prohibited.
+pub(crate) fn judge(turn: &mut Turn<'_>, key: &FlowKey, len: u16) -> Option<SocketAddr> {
+    match turn.judge(&request(key)) {
+        EgressVerdict::Connect(address) => Some(address),
+        EgressVerdict::Prohibit => {
+            let failure = Failure::Unreachable(IcmpUnreachable::Prohibited);
+            reject(turn, key, len, failure);
+            None
+        }
+    }
+}
+
 /// The question to the policy about a flow.
 fn request(key: &FlowKey) -> EgressRequest {
     EgressRequest {

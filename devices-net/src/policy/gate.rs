@@ -196,7 +196,9 @@ impl EgressPolicy for PolicyGate {
         let (verdict, _) = lock(&self.state).judge(request);
         RefusalReason {
             rule: match &verdict {
-                PolicyVerdict::NotAllowed(rule) => Some(rule.to_string()),
+                PolicyVerdict::NotAllowed(rule) | PolicyVerdict::HidesNames(rule) => {
+                    Some(rule.to_string())
+                }
                 _ => None,
             },
             text: verdict.to_string(),

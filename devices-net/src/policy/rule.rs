@@ -327,6 +327,11 @@ impl NetRule {
         has_port && self.protocol.is_none_or(|it| it == protocol)
     }
 
+    /// Returns true for a rule about some ports of one protocol.
+    pub(super) fn is_specific(&self) -> bool {
+        self.protocol.is_some() && self.ports.is_some()
+    }
+
     /// Returns true for a rule about all protocols and ports.
     pub(super) fn is_general(&self) -> bool {
         self.protocol.is_none() && self.ports.is_none()

@@ -398,3 +398,49 @@ proptest! {
         prop_assert!(NamePattern::exact(&name).unwrap().matches(&name));
     }
 }
+
+#[test]
+fn flows_that_hide_names_need_a_rule_of_their_own() {
+    let now = Instant::now();
+    let mut pins = DnsPins::new(10);
+    let address = IpAddr::from([198, 51, 100, 7]);
+    pins.pin("www.example.com", address, 60, now);
+    let judge = |allow: &str, deny: &str, protocol, port| {
+        let rules = |text: &str| {
+            text.split_whitespace()
+                .map(|it| it.parse().unwrap())
+                .collect()
+        };
+        let policy = NetPolicy::new(rules(allow), rules(deny));
+        let host = HostAddresses::default();
+        policy.judge(protocol, (address, port).into(), &host, &pins, now)
+    };
+    for (protocol, port, expected) in [
+        (FlowProtocol::Udp, 443, "udp:www.example.com:443"),
+        (FlowProtocol::Udp, 853, "udp:www.example.com:853"),
+        (FlowProtocol::Tcp, 853, "tcp:www.example.com:853"),
+        (FlowProtocol::Udp, 5353, "udp:www.example.com:5353"),
+        (FlowProtocol::Udp, 5355, "udp:www.example.com:5355"),
+    ] {
+        for (allow, deny) in [
+            ("*.example.com", ""),
+            ("www.example.com:443 public", ""),
+            ("", "ads.example.com"),
+            ("all", "ads.example.com"),
+        ] {
+            let verdict = judge(allow, deny, protocol, port);
+            let PolicyVerdict::HidesNames(rule) = &verdict else {
+                panic!("{allow} {deny} {port}: {verdict}");
+            };
+            assert_eq!(rule.to_string(), expected);
+            let allow = format!("{allow} {rule}");
+            assert!(judge(&allow, deny, protocol, port).is_allowed());
+        }
+        // Without names there is nothing to hide.
+        assert!(judge("", "", protocol, port).is_allowed());
+        assert!(judge("all", "", protocol, port).is_allowed());
+        let verdict = judge("tcp:www.example.org:443", "", protocol, port);
+        assert!(matches!(verdict, PolicyVerdict::NotAllowed(_)), "{verdict}");
+    }
+    assert!(judge("*.example.com", "", FlowProtocol::Tcp, 443).is_allowed());
+}

@@ -233,6 +233,16 @@ fn refusals_repeat_the_question() {
     refusal(&with, ResponseCode::ServerFailure, &mut message);
     assert_eq!(message.len(), with.len());
     assert_eq!(addresses(&message, |_| {}), Ok(2));
+    // A reason is one of the options, and only there (RFC 8914).
+    let prohibited = ResponseCode::Prohibited(ExtendedError::Blocked);
+    refusal(&with, prohibited, &mut message);
+    assert!(message.ends_with(&[0, 6, 0, 15, 0, 2, 0, 15]));
+    assert_eq!(message.len(), with.len() + 6);
+    assert_eq!(addresses(&message, |_| {}), Ok(3));
+    refusal(&question, prohibited, &mut message);
+    assert_eq!(message.len(), question.len());
+    refusal(&question, ResponseCode::TooLong, &mut message);
+    assert_eq!((message[2], message[3]), (0x83, 0x80));
     // A header alone is enough for an error.
     refusal(&question[..13], ResponseCode::FormatError, &mut message);
     assert_eq!(message, [0, 7, 0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0]);
