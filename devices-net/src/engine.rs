@@ -314,6 +314,7 @@ impl NetEngine {
         match kind {
             TokenKind::Tcp => flows.tcp.host_ready(&mut turn, slot, readiness),
             TokenKind::TcpTimer => flows.tcp.timer(&mut turn, slot),
+            TokenKind::NameTimer => flows.tcp.name_timer(&mut turn),
             TokenKind::Udp => flows.udp.host_ready(slot, readiness),
             TokenKind::UdpTimer => flows.udp.timer(&mut turn),
             TokenKind::Echo => flows.echoes.host_ready(slot),

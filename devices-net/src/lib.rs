@@ -13,6 +13,7 @@
 //! | `header` | the header of each frame |
 //! | `engine` | the network of a process: a gateway to the host's sockets |
 //! | `dns` | messages of name servers |
+//! | `hello` | the name in a TLS ClientHello |
 //! | `policy` | rules about what a guest may reach |
 //! | `wire` | headers of Ethernet, ARP, IP, ICMP, UDP and TCP |
 //! | `counters` | counters that any thread reads |
@@ -29,6 +30,7 @@ mod device;
 pub mod dns;
 pub mod engine;
 mod header;
+pub mod hello;
 pub mod policy;
 mod receive;
 mod saved;

@@ -51,6 +51,9 @@ pub use self::learn::{RuleLearner, learn_rules};
 pub use self::pins::DnsPins;
 pub use self::rule::{AddressRange, NamePattern, NetRule, NetRuleError, RuleTarget};
 
+/// Port of HTTPS, on which flows prove their names.
+const HTTPS_PORT: u16 = 443;
+
 /// Rules about what a guest may reach.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetPolicy {
@@ -73,6 +76,11 @@ pub enum PolicyVerdict {
     /// Rules have names, and those of such a flow cannot be read: QUIC, encrypted questions to
     /// name servers, or questions to neighbours. This rule would allow it nevertheless.
     HidesNames(NetRule),
+    /// It is allowed by its name only, and its first bytes are no TLS ClientHello with a name.
+    Unnamed,
+    /// It is allowed by its name only, and that in its TLS ClientHello is one for which the guest
+    /// did not get the address.
+    WrongName(String),
     /// Its address is not that of one host.
     NotUnicast,
 }
@@ -98,6 +106,8 @@ impl fmt::Display for PolicyVerdict {
                     "names in it cannot be checked; \"{rule}\" would allow it"
                 )
             }
+            Self::Unnamed => f.write_str("allowed by name only, and it has no TLS name"),
+            Self::WrongName(name) => write!(f, "\"{name}\" does not have this address"),
             Self::NotUnicast => f.write_str("not the address of one host"),
         }
     }
@@ -170,6 +180,64 @@ impl NetPolicy {
         }
         let rule = self.narrowest_rule(protocol, destination, host, pins, now);
         PolicyVerdict::NotAllowed(rule)
+    }
+
+    /// Returns true if a flow that is allowed has to prove its name: one to the port of HTTPS that
+    /// rules about names allow, or deny.
+    #[must_use]
+    pub fn needs_name(&self, protocol: FlowProtocol, port: u16) -> bool {
+        protocol == FlowProtocol::Tcp && port == HTTPS_PORT && self.has_names()
+    }
+
+    /// Decides about a flow whose first bytes have a name, or none: a denied name is denied by any
+    /// address, and a flow that is allowed by its name only has to have one that is allowed, and for
+    /// which the guest got the address.
+    #[must_use]
+    pub fn judge_name(
+        &self,
+        destination: SocketAddr,
+        name: Option<&str>,
+        host: &HostAddresses,
+        pins: &DnsPins,
+        now: Instant,
+    ) -> PolicyVerdict {
+        let (protocol, port) = (FlowProtocol::Tcp, destination.port());
+        let address = effective_address(destination.ip());
+        let matches = |rule: &&NetRule| match &rule.target {
+            RuleTarget::Name(pattern) => {
+                rule.covers(protocol, port) && name.is_some_and(|name| pattern.matches(name))
+            }
+            _ => false,
+        };
+        if let Some(rule) = self.deny.iter().find(matches) {
+            return PolicyVerdict::Denied(rule.clone());
+        }
+        let verdict = self.judge(protocol, destination, host, pins, now);
+        let PolicyVerdict::Allowed(_) = verdict else {
+            return verdict;
+        };
+        let class = host.classify(address);
+        let by_address =
+            |rule: &&NetRule| rule.covers(protocol, port) && rule.target.contains(address, class);
+        if let Some(rule) = self.allow.iter().find(by_address) {
+            return PolicyVerdict::Allowed(rule.clone());
+        }
+        let is_pinned = |name| pins.names(address, now).any(|pinned| pinned == name);
+        let Some(name) = name else {
+            return PolicyVerdict::Unnamed;
+        };
+        match self.allow.iter().find(matches) {
+            Some(rule) if is_pinned(name) => PolicyVerdict::Allowed(rule.clone()),
+            Some(_) => PolicyVerdict::WrongName(name.to_owned()),
+            None => match NamePattern::exact(name) {
+                Some(name) => PolicyVerdict::NotAllowed(NetRule::new(
+                    Some(protocol),
+                    RuleTarget::Name(name),
+                    port,
+                )),
+                None => PolicyVerdict::Unnamed,
+            },
+        }
     }
 
     /// Returns a rule that allows a flow to `destination` and as little else as possible: by the

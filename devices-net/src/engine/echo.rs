@@ -18,7 +18,7 @@ use rustix::net::{
 use sm_event_loop::{Interest, Registered, Registry, Timer};
 
 use super::config::EngineLimits;
-use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
+use super::egress::{EgressRequest, FlowProtocol};
 use super::flow::{FlowKey, TokenKind, token};
 use super::link::{GuestFrame, LinkFull};
 use super::output::Output;
@@ -114,9 +114,9 @@ impl Echoes {
             protocol: FlowProtocol::Echo,
             destination: key.remote(),
         });
-        let sent = match verdict {
-            EgressVerdict::Connect(address) => self.send(turn, key, echo, frame, (offset, address)),
-            EgressVerdict::Prohibit => Err(Failure::Unreachable(IcmpUnreachable::Prohibited)),
+        let sent = match verdict.address() {
+            Some(address) => self.send(turn, key, echo, frame, (offset, address)),
+            None => Err(Failure::Unreachable(IcmpUnreachable::Prohibited)),
         };
         let error = match sent {
             Ok(()) => return,

@@ -32,8 +32,22 @@ pub struct EgressRequest {
 pub enum EgressVerdict {
     /// The flow reaches this address from the host, which need not be that in the packets.
     Connect(SocketAddr),
+    /// The same, if the name in the guest's TLS ClientHello passes [`EgressPolicy::may_name`]:
+    /// no byte of the guest is sent before. This is for TCP.
+    ConnectNamed(SocketAddr),
     /// The guest is notified that the destination is prohibited.
     Prohibit,
+}
+
+impl EgressVerdict {
+    /// Returns the address that the flow reaches from the host; `None` if it is prohibited.
+    #[must_use]
+    pub fn address(self) -> Option<SocketAddr> {
+        match self {
+            Self::Connect(address) | Self::ConnectNamed(address) => Some(address),
+            Self::Prohibit => None,
+        }
+    }
 }
 
 /// Reason of a refusal.
@@ -89,6 +103,20 @@ pub trait EgressPolicy: Send {
     fn narrowest_rule(&mut self, request: &EgressRequest) -> Option<String> {
         let _ = request;
         None
+    }
+
+    /// Decides about a flow of TCP whose first bytes have a name: that in a TLS ClientHello, or
+    /// `None` if it has none, is malformed or has not come in time. All may go on by default.
+    ///
+    /// # Errors
+    /// The reason why the flow may not go on.
+    fn may_name(
+        &mut self,
+        request: &EgressRequest,
+        name: Option<&str>,
+    ) -> Result<(), RefusalReason> {
+        let _ = (request, name);
+        Ok(())
     }
 
     /// Called when a flow of TCP or UDP exists that was allowed.

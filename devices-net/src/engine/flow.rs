@@ -92,11 +92,13 @@ pub(crate) enum TokenKind {
     Handle,
     /// Refusals that are to be reported.
     Journal,
+    /// The timer of all flows that have to prove a name.
+    NameTimer,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 12] = [
+const KINDS: [TokenKind; 13] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -109,6 +111,7 @@ const KINDS: [TokenKind; 12] = [
     TokenKind::DnsTimer,
     TokenKind::Handle,
     TokenKind::Journal,
+    TokenKind::NameTimer,
 ];
 
 /// Returns the token of a slot.

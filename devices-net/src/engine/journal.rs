@@ -165,6 +165,17 @@ impl Journal {
         log.refuse(Refused::Flow(*request), reason);
     }
 
+    /// Notes that a flow was refused because of the name in its first bytes.
+    pub(crate) fn refused_name_of_flow(
+        &mut self,
+        request: &EgressRequest,
+        name: Option<String>,
+        reason: RefusalReason,
+    ) {
+        let Some(log) = &mut self.log else { return };
+        log.refuse(Refused::Flow(*request), || (reason, name));
+    }
+
     /// Notes that a name, or an answer for it, was refused.
     pub(crate) fn name_refused(&mut self, name: &str, reason: impl FnOnce() -> RefusalReason) {
         let Some(log) = &mut self.log else { return };

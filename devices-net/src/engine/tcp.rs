@@ -12,6 +12,7 @@
 mod control;
 mod flow;
 mod host;
+mod names;
 mod serve;
 
 use std::hash::{BuildHasher as _, RandomState};
@@ -24,6 +25,7 @@ use sm_event_loop::{Interest, Registry, SlotQueue};
 
 use self::control::{Control, Effect, Phase};
 use self::flow::TcpFlow;
+use self::names::FlowNames;
 use super::config::EngineLimits;
 use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
 use super::events::FlowEnd;
@@ -54,6 +56,7 @@ pub(crate) struct TcpFlows {
     store: ChunkStore,
     limits: EngineLimits,
     connecting: usize,
+    names: FlowNames,
     /// Key and time base of initial sequence numbers (RFC 6528).
     secret: RandomState,
     epoch: Instant,
@@ -67,6 +70,7 @@ impl TcpFlows {
             store: ChunkStore::new(limits.stored),
             limits,
             connecting: 0,
+            names: FlowNames::default(),
             secret: RandomState::new(),
             epoch: Instant::now(),
         }
@@ -116,10 +120,17 @@ impl TcpFlows {
         }
         let request = request(&key);
         let verdict = turn.judge(&request);
-        let failure = match verdict {
-            EgressVerdict::Prohibit => Failure::Unreachable(IcmpUnreachable::Prohibited),
-            EgressVerdict::Connect(address) => match self.connect(turn, key, segment, address) {
-                Ok(()) => return turn.policy.flow_opened(&request),
+        let failure = match verdict.address() {
+            None => Failure::Unreachable(IcmpUnreachable::Prohibited),
+            Some(address) => match self.connect(turn, key, segment, address) {
+                Ok(slot) => {
+                    if let EgressVerdict::ConnectNamed(_) = verdict
+                        && let Some(flow) = self.table.get_mut(slot)
+                    {
+                        flow.host.held = true;
+                    }
+                    return turn.policy.flow_opened(&request);
+                }
                 Err(failure) => {
                     turn.stats.tcp_failed += 1;
                     failure
@@ -135,7 +146,7 @@ impl TcpFlows {
         key: FlowKey,
         segment: &TcpSegment,
         address: SocketAddr,
-    ) -> Result<(), Failure> {
+    ) -> Result<u32, Failure> {
         let socket = socket::connect_stream(address).map_err(Failure::of)?;
         let token = token(TokenKind::Tcp, self.table.next_slot());
         let socket = turn.registry.add(socket, token, INTEREST);
@@ -145,10 +156,9 @@ impl TcpFlows {
         let initial = self.initial_number(&key, turn.now);
         let tally = turn.journal.begin(turn.now);
         let control = Control::new(segment, initial, largest, key.is_v6());
-        self.table
-            .insert(TcpFlow::new(key, socket, control, to_guest, tally));
+        let flow = TcpFlow::new(key, socket, control, to_guest, tally);
         self.connecting += 1;
-        Ok(())
+        Ok(self.table.insert(flow))
     }
 
     /// An unpredictable number that grows by one every 4 us (RFC 9293 3.4.1).
@@ -272,6 +282,9 @@ impl TcpFlows {
             flow.watch(slot, turn.now, turn.registry);
         }
         turn.stats.tcp_bytes_from_guest += u64::from(taken);
+        if self.table.get(slot).is_some_and(|flow| flow.host.held) {
+            self.examine(turn, slot, false);
+        }
     }
 
     /// Ends a flow whose host socket has failed, as soon as what it has received is read.
@@ -291,7 +304,11 @@ impl TcpFlows {
             let Some(flow) = self.table.get_mut(slot) else {
                 continue;
             };
-            if turn.may_continue(&request(&flow.key)) {
+            let request = request(&flow.key);
+            let name = self.names.of(slot);
+            if turn.may_continue(&request)
+                && (flow.host.held || turn.policy.may_name(&request, name).is_ok())
+            {
                 continue;
             }
             // The peer gets a reset, too.
@@ -300,11 +317,18 @@ impl TcpFlows {
                 // The guest repeats its SYN, and that is prohibited.
                 self.remove(turn.registry, turn.journal, slot, FlowEnd::Prohibited);
             } else {
-                flow.host.prohibited = true;
-                flow.host.failed = true;
-                flow.to_host.clear(&mut self.store);
-                self.ready.push_back(slot);
+                self.prohibit(slot);
             }
+        }
+    }
+
+    /// Has a flow end by resets in both directions.
+    fn prohibit(&mut self, slot: u32) {
+        if let Some(flow) = self.table.get_mut(slot) {
+            flow.host.prohibited = true;
+            flow.host.failed = true;
+            flow.to_host.clear(&mut self.store);
+            self.ready.push_back(slot);
         }
     }
 
@@ -321,6 +345,7 @@ impl TcpFlows {
             return;
         };
         journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end);
+        self.names.remove(slot);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
             self.connecting -= 1;
         }
@@ -348,6 +373,10 @@ impl TcpFlows {
                 }
             }
         }
+        if let (Some(registry), Some(timer)) = (registry.as_deref_mut(), self.names.take_timer()) {
+            registry.cancel_timer(timer);
+        }
+        self.names = FlowNames::default();
         if registry.is_none() {
             *self = Self::new(self.limits);
         }

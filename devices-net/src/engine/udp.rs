@@ -10,7 +10,7 @@ use sm_event_loop::{Interest, Readiness, Registered, Registry, SlotQueue, Timer}
 
 use super::answers::Answers;
 use super::config::EngineLimits;
-use super::egress::{EgressRequest, EgressVerdict, FlowProtocol};
+use super::egress::{EgressRequest, FlowProtocol};
 use super::events::FlowEnd;
 use super::flow::{FlowKey, TokenKind, token};
 use super::journal::{Journal, Tally};
@@ -141,7 +141,7 @@ impl UdpFlows {
     fn open(&mut self, turn: &mut Turn<'_>, key: FlowKey) -> Result<u32, Failure> {
         let request = request(&key);
         let verdict = turn.judge(&request);
-        let EgressVerdict::Connect(address) = verdict else {
+        let Some(address) = verdict.address() else {
             return Err(Failure::Unreachable(IcmpUnreachable::Prohibited));
         };
         if self.table.len() >= self.limits.udp_flows {
@@ -351,14 +351,12 @@ impl UdpFlows {
 /// Asks the policy about a datagram of `len` bytes that needs no flow; returns the address that it
 /// is for, or notifies the guest that it is prohibited.
 pub(crate) fn judge(turn: &mut Turn<'_>, key: &FlowKey, len: u16) -> Option<SocketAddr> {
-    match turn.judge(&request(key)) {
-        EgressVerdict::Connect(address) => Some(address),
-        EgressVerdict::Prohibit => {
-            let failure = Failure::Unreachable(IcmpUnreachable::Prohibited);
-            reject(turn, key, len, failure);
-            None
-        }
+    let address = turn.judge(&request(key)).address();
+    if address.is_none() {
+        let failure = Failure::Unreachable(IcmpUnreachable::Prohibited);
+        reject(turn, key, len, failure);
     }
+    address
 }
 
 /// The question to the policy about a flow.

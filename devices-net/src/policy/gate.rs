@@ -76,6 +76,19 @@ impl GateState {
     }
 }
 
+/// The reason of a refusal.
+fn reason(verdict: &PolicyVerdict) -> RefusalReason {
+    RefusalReason {
+        rule: match verdict {
+            PolicyVerdict::NotAllowed(rule) | PolicyVerdict::HidesNames(rule) => {
+                Some(rule.to_string())
+            }
+            _ => None,
+        },
+        text: verdict.to_string(),
+    }
+}
+
 fn lock(state: &Mutex<GateState>) -> MutexGuard<'_, GateState> {
     // A panic in the middle of a change leaves either the old rules or the new ones.
     state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -185,24 +198,41 @@ impl EgressPolicy for PolicyGate {
             (self.refused)(request, &verdict);
             return EgressVerdict::Prohibit;
         }
-        EgressVerdict::Connect(reached.destination)
+        let destination = reached.destination;
+        let state = lock(&self.state);
+        match (state.policy).needs_name(request.protocol, destination.port()) {
+            true => EgressVerdict::ConnectNamed(destination),
+            false => EgressVerdict::Connect(destination),
+        }
     }
 
     fn may_continue(&mut self, request: &EgressRequest) -> bool {
         lock(&self.state).judge(request).0.is_allowed()
     }
 
-    fn explain(&mut self, request: &EgressRequest) -> RefusalReason {
-        let (verdict, _) = lock(&self.state).judge(request);
-        RefusalReason {
-            rule: match &verdict {
-                PolicyVerdict::NotAllowed(rule) | PolicyVerdict::HidesNames(rule) => {
-                    Some(rule.to_string())
-                }
-                _ => None,
-            },
-            text: verdict.to_string(),
+    fn may_name(
+        &mut self,
+        request: &EgressRequest,
+        name: Option<&str>,
+    ) -> Result<(), RefusalReason> {
+        let mut state = lock(&self.state);
+        let (_, reached) = state.judge(request);
+        let (protocol, destination) = (request.protocol, reached.destination);
+        if !state.policy.needs_name(protocol, destination.port()) {
+            return Ok(());
         }
+        let (host, pins) = (&state.host, &state.pins);
+        let verdict = (state.policy).judge_name(destination, name, host, pins, Instant::now());
+        drop(state);
+        if verdict.is_allowed() {
+            return Ok(());
+        }
+        (self.refused)(request, &verdict);
+        Err(reason(&verdict))
+    }
+
+    fn explain(&mut self, request: &EgressRequest) -> RefusalReason {
+        reason(&lock(&self.state).judge(request).0)
     }
 
     fn explain_name(&mut self, name: &str) -> RefusalReason {
@@ -372,8 +402,11 @@ mod tests {
         assert!(gate.resolved("www.example.com", request.destination.ip(), 60));
         assert_eq!(
             gate.judge(&request),
-            EgressVerdict::Connect(request.destination)
+            EgressVerdict::ConnectNamed(request.destination)
         );
+        assert_eq!(gate.may_name(&request, Some("www.example.com")), Ok(()));
+        assert!(gate.may_name(&request, Some("a.example.com")).is_err());
+        assert!(gate.may_name(&request, None).is_err());
         assert!(!gate.resolved("www.example.com", Ipv4Addr::LOCALHOST.into(), 60));
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Host {
     pub(super) shut: bool,
     /// It cannot send any more.
     pub(super) failed: bool,
+    /// No byte of the guest is sent before the flow has proven its name.
+    pub(super) held: bool,
     /// The policy does not allow the flow any more.
     pub(super) prohibited: bool,
     /// It probes its peer.
@@ -170,7 +172,7 @@ impl TcpFlow {
             return len;
         }
         let mut done = 0;
-        while self.to_host.is_empty() && done < len {
+        while self.to_host.is_empty() && done < len && !self.host.held {
             let (at, rest) = (offset + done as usize, (len - done) as usize);
             match frame.send(at, rest, self.socket.as_fd()) {
                 // A socket that takes nothing is one that is full: this must end.
@@ -192,7 +194,7 @@ impl TcpFlow {
     /// # Errors
     /// The socket cannot send any more.
     pub(super) fn flush_host(&mut self, store: &mut ChunkStore) -> Result<bool, Errno> {
-        while !self.to_host.is_empty() {
+        while !self.to_host.is_empty() && !self.host.held {
             let mut slices = [IoSlice::new(&[]); SLICES];
             let start = self.to_host.start();
             let (_, count, _) = self.to_host.slices(store, start, u32::MAX, &mut slices);

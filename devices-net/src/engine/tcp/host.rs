@@ -49,6 +49,10 @@ impl TcpFlows {
                 self.connecting -= 1;
                 turn.stats.tcp_connected += 1;
                 turn.opened(FlowProtocol::Tcp, &flow.key);
+                if flow.host.held {
+                    let key = flow.key;
+                    self.await_name(turn, key);
+                }
                 true
             }
             Ok(()) => false,
