@@ -1,6 +1,7 @@
 //! Descriptors of directories: some of them are kept, all of them can be opened again.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -66,10 +67,32 @@ impl std::os::fd::AsFd for Directory {
     }
 }
 
+/// Hashes numbers of nodes, which the server has given out: nobody chooses them.
+#[derive(Debug, Default)]
+struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // 2^64 divided by the golden ratio; the table uses the highest bits, too.
+        let mixed = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ mixed >> 32;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// The directories that are kept open, the ones used last.
 #[derive(Debug)]
 pub(crate) struct Directories {
-    open: HashMap<u64, (u64, Arc<Directory>)>,
+    open: HashMap<u64, (u64, Arc<Directory>), BuildHasherDefault<NumberHasher>>,
     clock: u64,
     max: usize,
 }
@@ -77,7 +100,7 @@ pub(crate) struct Directories {
 impl Directories {
     pub(crate) fn new(max: u32) -> Self {
         Self {
-            open: HashMap::new(),
+            open: HashMap::default(),
             clock: 0,
             max: usize::try_from(max).unwrap_or(usize::MAX).max(16),
         }

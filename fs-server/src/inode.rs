@@ -39,6 +39,7 @@ impl Inode {
     ///
     /// # Errors
     /// The operating system's error.
+    #[inline]
     pub(crate) fn at(directory: impl AsFd, name: &CStr) -> Result<Self, Errno> {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
         let stat = statx(directory, name, flags, MASK)?;
@@ -54,6 +55,7 @@ impl Inode {
         Ok(Self { stat, stored: None })
     }
 
+    #[inline]
     pub(crate) fn identity(&self) -> Identity {
         let stat = &self.stat;
         let born = &stat.stx_btime;
@@ -130,6 +132,7 @@ impl Inode {
     }
 
     /// Returns the attributes with the given owner.
+    #[inline]
     pub(crate) fn attributes(&self, owner: Ids) -> Attr {
         let stat = &self.stat;
         let (atime, atimensec) = time(&stat.stx_atime);

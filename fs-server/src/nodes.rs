@@ -13,7 +13,10 @@ use std::hash::BuildHasher as _;
 
 use rustix::io::Errno;
 
+mod name;
 mod saved;
+
+use self::name::NodeName;
 
 /// Secret numbers of a hash function, so that nobody can choose files whose inodes are in one
 /// bucket.
@@ -90,8 +93,8 @@ pub(crate) struct Node {
     /// Directory in which the node was seen last. `None` if a later observation has shown
     /// that it is not there.
     pub(crate) parent: Option<NodeIndex>,
-    /// Name in that directory, with its NUL.
-    name: Box<[u8]>,
+    /// Name in that directory.
+    name: NodeName,
     /// References of the guest, as far as it says so. Saturates.
     lookups: u64,
     /// Number of nodes with this parent.
@@ -104,18 +107,10 @@ pub(crate) struct Node {
     used: bool,
 }
 
-/// Bytes of a name with its NUL.
-fn with_nul(name: &[u8]) -> Box<[u8]> {
-    let mut bytes = Vec::with_capacity(name.len() + 1);
-    bytes.extend_from_slice(name);
-    bytes.push(0);
-    bytes.into_boxed_slice()
-}
-
 impl Node {
     /// Returns the name in the parent, with its NUL.
     pub(crate) fn name(&self) -> &std::ffi::CStr {
-        std::ffi::CStr::from_bytes_until_nul(&self.name).unwrap_or_default()
+        self.name.as_c_str()
     }
 }
 
@@ -164,7 +159,7 @@ impl Nodes {
             share,
             identity,
             parent: None,
-            name: Box::default(),
+            name: NodeName::default(),
             lookups: 1,
             children: 0,
             generation: 0,
@@ -319,7 +314,7 @@ impl Nodes {
             share,
             identity,
             parent: Some(parent),
-            name: with_nul(name),
+            name: NodeName::new(name),
             lookups: 1,
             children: 0,
             generation: 0,
@@ -375,7 +370,7 @@ impl Nodes {
         }
         let node = &mut self.slots[index.slot()];
         if node.name().to_bytes() != name {
-            node.name = with_nul(name);
+            node.name = NodeName::new(name);
         }
     }
 
@@ -427,7 +422,7 @@ impl Nodes {
             let node = &mut self.slots[at.slot()];
             let parent = node.parent.take();
             node.used = false;
-            node.name = Box::default();
+            node.name = NodeName::default();
             node.generation = node.generation.wrapping_add(1);
             node.next = free;
             self.free = at.0;
@@ -470,7 +465,7 @@ impl Nodes {
             let node = &mut self.slots[slot];
             if node.used {
                 node.used = false;
-                node.name = Box::default();
+                node.name = NodeName::default();
                 node.parent = None;
                 node.generation = node.generation.wrapping_add(1);
                 node.next = self.free;

@@ -311,10 +311,15 @@ impl Server {
         let Ok(node) = self.nodes.find(id) else {
             return;
         };
-        let parent = self.nodes.get(node).ok().and_then(|node| node.parent);
-        let parent = parent.map(|parent| self.nodes.id(parent));
+        let Ok(known) = self.nodes.get(node) else {
+            return;
+        };
+        let is_directory = known.identity.kind == abi::linux::S_IFDIR;
+        let parent = known.parent.map(|parent| self.nodes.id(parent));
         if self.nodes.forget(node, count) {
-            self.directories.remove(id);
+            if is_directory {
+                self.directories.remove(id);
+            }
             self.unwatch(id, parent);
         }
     }

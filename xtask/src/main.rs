@@ -7,6 +7,7 @@
 mod apt;
 mod background;
 mod bench_disk;
+mod bench_fs;
 mod bench_image;
 mod bench_kernel;
 mod bench_life;
@@ -80,6 +81,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Invocation::Setup => needs::everything(&apt)?,
         Invocation::Demo => return Ok(ExitCode::from(demo::run(&apt)?)),
         Invocation::BenchDisk(options) => bench_disk::run(&options)?,
+        Invocation::BenchFs(options) => bench_fs::run(&options)?,
         Invocation::BenchImage(options) => bench_image::run(&apt, &options)?,
         Invocation::BenchKernel(options) => bench_kernel::run(&apt, &options)?,
         Invocation::BenchLife(options) => bench_life::run(&apt, &options)?,

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::bench_disk;
+use crate::bench_fs;
 use crate::bench_image;
 use crate::bench_kernel;
 use crate::bench_life;
@@ -43,6 +44,8 @@ Developer commands of sm: cargo xtask COMMAND
   fixtures    images for the end-to-end tests
   bench-disk  disks of layers against raw files, and the time of a freeze
               [--rounds N] [--only NAME] [--directory DIR] [--json FILE]
+  bench-fs    the server of shared directories without a guest: LOOKUP, and on /dev/fuse
+              [--rounds N] [--files N] [--mib N] [--lookups] [--directory DIR] [--json FILE]
   bench-kernel
               the tuned kernel's size, and its instructions until the first program
               [--vs VMLINUX]...
@@ -82,6 +85,7 @@ pub(crate) enum Invocation {
     Setup,
     Demo,
     BenchDisk(bench_disk::BenchDiskOptions),
+    BenchFs(bench_fs::BenchFsOptions),
     BenchImage(bench_image::BenchImageOptions),
     BenchKernel(bench_kernel::BenchKernelOptions),
     BenchLife(bench_life::BenchLifeOptions),
@@ -143,6 +147,7 @@ fn command(mut parser: lexopt::Parser) -> Result<Invocation> {
         },
         "ci" => without_options(parser, Invocation::Ci)?,
         "bench-disk" => Invocation::BenchDisk(bench_disk(parser)?),
+        "bench-fs" => Invocation::BenchFs(bench_fs(parser)?),
         "bench-image" => Invocation::BenchImage(bench_image(parser)?),
         "bench-kernel" => Invocation::BenchKernel(bench_kernel(parser)?),
         "bench-life" => Invocation::BenchLife(bench_life(parser)?),
@@ -332,6 +337,22 @@ fn bench_net(mut parser: lexopt::Parser) -> Result<bench_net::BenchNetOptions> {
             Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
             Long("seconds") => options.seconds = Some(parser.value()?.parse()?),
             Long("only") => options.only = Some(parser.value()?.string()?),
+            Long("json") => options.json = Some(parser.value()?.into()),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(options)
+}
+
+fn bench_fs(mut parser: lexopt::Parser) -> Result<bench_fs::BenchFsOptions> {
+    let mut options = bench_fs::BenchFsOptions::default();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("rounds") => options.rounds = Some(parser.value()?.parse()?),
+            Long("files") => options.files = Some(parser.value()?.parse()?),
+            Long("mib") => options.mib = Some(parser.value()?.parse()?),
+            Long("lookups") => options.lookups = true,
+            Long("directory") => options.directory = Some(parser.value()?.into()),
             Long("json") => options.json = Some(parser.value()?.into()),
             other => return Err(other.unexpected().into()),
         }

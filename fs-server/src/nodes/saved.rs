@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 
+use super::name::NodeName;
 use super::{Identity, NONE, Node, NodeIndex, Nodes};
 use crate::abi::ROOT_ID;
 use crate::names::Name;
@@ -18,7 +19,7 @@ fn unused(generation: u32) -> Node {
             kind: 0,
         },
         parent: None,
-        name: Box::default(),
+        name: NodeName::default(),
         lookups: 0,
         children: 0,
         generation,
@@ -125,7 +126,7 @@ impl Nodes {
             share: saved.share,
             identity,
             parent: None,
-            name: name.into_bytes_with_nul().into_boxed_slice(),
+            name: NodeName::new(name.to_bytes()),
             lookups: saved.lookups,
             children: 0,
             generation: u32::try_from(saved.id >> 32).ok()?,
