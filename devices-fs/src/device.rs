@@ -10,7 +10,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::saved::{MAX_LEN, decode, encode};
+use crate::saved::{decode, encode};
 use crate::service::{Running, Service};
 
 /// Kind of the device in saved state.
@@ -162,6 +162,15 @@ impl VirtioDevice for Fs {
         &QUEUE_SIZES
     }
 
+    /// Most guests never mount it. One that does so after [`Fs::set_shares`] notifies it by the
+    /// vCPU's thread.
+    fn has_doorbells(&self) -> bool {
+        match &self.state {
+            State::Inactive(server) => !server.is_empty(),
+            State::Idle(_) | State::Running(_) | State::Lost => true,
+        }
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; TAG_LEN + 4];
         config[..TAG.len()].copy_from_slice(TAG.as_bytes());
@@ -249,10 +258,15 @@ impl VirtioDevice for Fs {
             State::Running(_) => return Err(refused("requests are in execution")),
             State::Lost => return Err(refused("its thread has panicked")),
         };
-        let bytes = server.save().map_or_else(Vec::new, |state| encode(&state));
-        if bytes.len() > MAX_LEN {
-            return Err(refused("the guest knows too many files"));
-        }
+        let bytes = match server.save() {
+            None => Vec::new(),
+            Some(state) => encode(&state).ok_or_else(|| {
+                refused(
+                    "the guest uses too many files of shared directories: try again when \
+                     programs have closed some",
+                )
+            })?,
+        };
         Ok(DevicePayload {
             kind: KIND.to_owned(),
             version: STATE_VERSION,

@@ -6,10 +6,15 @@
 use sm_fs_server::{FsStateV1, HandleStateV1, NodeStateV1, ShareStateV1};
 
 /// Maximum length of the state in bytes.
-pub(crate) const MAX_LEN: usize = 16 << 20;
+const MAX_LEN: usize = 16 << 20;
 
-/// Encodes a session.
-pub(crate) fn encode(state: &FsStateV1) -> Vec<u8> {
+/// Encodes a session; `None` if it takes more than [`MAX_LEN`].
+pub(crate) fn encode(state: &FsStateV1) -> Option<Vec<u8>> {
+    let bytes = encoded(state);
+    (bytes.len() <= MAX_LEN).then_some(bytes)
+}
+
+fn encoded(state: &FsStateV1) -> Vec<u8> {
     let mut out = Encoder(Vec::new());
     out.number(state.flags);
     out.len(state.shares.len());
@@ -202,13 +207,41 @@ mod tests {
             &[2, 0, 2, 0, 1, 0x83, 0x80, 0x80, 0x80, 0x10, 3],
         ]
         .concat();
-        assert_eq!(encode(&state()), golden);
+        assert_eq!(encoded(&state()), golden);
         assert_eq!(decode(&golden), Some(state()));
     }
 
     #[test]
+    fn a_session_of_too_many_long_names_is_none() {
+        let mut state = state();
+        let node = NodeStateV1 {
+            name: vec![b'n'; 255],
+            ..state.nodes[0].clone()
+        };
+        let each = encoded(&FsStateV1 {
+            nodes: vec![node.clone(); 2],
+            ..state.clone()
+        })
+        .len()
+            - encoded(&FsStateV1 {
+                nodes: vec![node.clone()],
+                ..state.clone()
+            })
+            .len();
+        let fit = MAX_LEN / each - 1;
+        // The server's limit of nodes does not imply that of their names.
+        assert!(fit < 262_144);
+        state.nodes = vec![node; fit];
+        let bytes = encode(&state).unwrap();
+        assert_eq!(decode(&bytes), Some(state.clone()));
+        let node = state.nodes[0].clone();
+        state.nodes.extend([node.clone(), node]);
+        assert_eq!(encode(&state), None);
+    }
+
+    #[test]
     fn malformed_bytes_are_refused() {
-        let bytes = encode(&state());
+        let bytes = encoded(&state());
         for len in 0..bytes.len() {
             assert_eq!(decode(&bytes[..len]), None, "{len} bytes");
         }
@@ -222,7 +255,7 @@ mod tests {
         #[test]
         fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
             if let Some(state) = decode(&bytes) {
-                prop_assert_eq!(decode(&encode(&state)), Some(state));
+                prop_assert_eq!(decode(&encoded(&state)), Some(state));
             }
         }
     }

@@ -97,6 +97,7 @@ pub struct Block {
     queue_sizes: [u16; 1],
     no_space: Option<NoSpaceCallback>,
     ignores_flushes: bool,
+    has_doorbells: bool,
 }
 
 /// Called on the event loop when a request is held.
@@ -120,7 +121,16 @@ impl Block {
             queue_sizes: QUEUE_SIZES,
             no_space: None,
             ignores_flushes: false,
+            has_doorbells: true,
         }
+    }
+
+    /// Leaves out the doorbell, for a drive that stays empty. One that gets a disk nevertheless
+    /// is notified by the vCPU's thread.
+    #[must_use]
+    pub fn without_doorbells(mut self) -> Self {
+        self.has_doorbells = false;
+        self
     }
 
     /// Sets the size of the queue, a power of two from 8 to 256, the default. Linux allocates
@@ -390,6 +400,10 @@ impl VirtioDevice for Block {
 
     fn queue_sizes(&self) -> &[u16] {
         &self.queue_sizes
+    }
+
+    fn has_doorbells(&self) -> bool {
+        self.has_doorbells
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
