@@ -28,6 +28,8 @@ use crate::manifest::{self, Manifest};
 /// Maximum length of a name in bytes.
 const MAX_NAME: usize = 100;
 const TEMPORARY: &str = "tmp-";
+/// The user of a snapshot in [`Error::InUse`] that has its files open.
+pub const A_MACHINE: &str = "a running machine";
 /// Lock file in a draft, held by its writer.
 const LOCK: &str = ".lock";
 /// Maximum number of attempts to open a snapshot whose name is replaced concurrently.

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Lease, SnapshotStore, TEMPORARY, check_name, read_manifest, sync};
+use super::{A_MACHINE, Lease, SnapshotStore, TEMPORARY, check_name, read_manifest, sync};
 use crate::Error;
 use crate::manifest::{self, Manifest};
 
@@ -76,7 +76,7 @@ impl SnapshotStore {
         if let Some(memory) = &memory {
             flock(memory, FlockOperation::NonBlockingLockExclusive).map_err(|_| Error::InUse {
                 name: name.to_owned(),
-                user: "a running machine".to_owned(),
+                user: A_MACHINE.to_owned(),
             })?;
         }
         Ok(memory)
