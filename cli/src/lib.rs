@@ -83,9 +83,13 @@ fn run(
             if let Some(reason) = docker_options::reason(command, &error) {
                 return Err((Failure::new(anyhow::Error::msg(reason)), status));
             }
-            let printed = error.print();
-            printed.map_err(|error| (Failure::new(error.into()), status))?;
-            return Ok(status);
+            return match error.print() {
+                Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                    Err((Failure::new(error.into()), status))
+                }
+                // A reader that is gone does not want the rest.
+                _ => Ok(status),
+            };
         }
     };
     log_to_stderr(cli.verbose());

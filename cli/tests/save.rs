@@ -137,3 +137,20 @@ fn a_link_is_followed_and_stays() {
     assert!(!unknown.unwrap().status.success());
     assert!(fs::read(user.path("file")).unwrap() == before);
 }
+
+/// As in `sm save mine:1 | head`.
+#[test]
+fn a_reader_that_is_gone_is_not_reported() {
+    let user = User::new();
+    for arguments in [&["save", "mine:1"][..], &["--help"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = user.command(arguments).stdout(writer).output().unwrap();
+        assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
+        let status = match arguments {
+            ["save", ..] => 141,
+            _ => 0,
+        };
+        assert_eq!(output.status.code(), Some(status), "{arguments:?}");
+    }
+}

@@ -1,11 +1,11 @@
 //! Images in archives: `sm save`, `sm load`, `sm import`.
 
 use std::fs::File;
-use std::io::{self, BufWriter, IsTerminal as _, Read, Write as _};
+use std::io::{self, BufWriter, IsTerminal as _, Read, Write};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use sm_runtime::Sm;
 use sm_runtime::image::{Config, Progress, PullOptions};
 
@@ -25,16 +25,14 @@ pub(crate) fn save(sm: &Sm, args: &SaveArgs, printer: &Printer) -> Result<u32, F
         sm.images().inspect(query)?;
     }
     let Some(path) = &args.output else {
-        if io::stdout().is_terminal() {
-            return Err(anyhow!(
-                "an archive is not for a terminal: name a file with --output, or redirect \
-                 standard output"
-            )
-            .into());
-        }
-        let mut out = BufWriter::with_capacity(1 << 20, io::stdout());
-        sm.images().save(&args.images, &mut out, &options)?;
-        return Ok(0);
+        check_standard_output(" with --output")?;
+        return to_standard_output(|out| {
+            let mut out = BufWriter::with_capacity(1 << 20, out);
+            let saved = sm.images().save(&args.images, &mut out, &options);
+            bars.clear();
+            saved?;
+            Ok(out.flush().context("cannot write the archive")?)
+        });
     };
     let cannot = || format!("cannot write {path:?}");
     match destination(path).with_context(cannot)? {
@@ -57,6 +55,63 @@ pub(crate) fn save(sm: &Sm, args: &SaveArgs, printer: &Printer) -> Result<u32, F
         }
     }
     Ok(0)
+}
+
+/// Refuses to write an archive to a terminal; `how` tells how a file is named instead.
+pub(super) fn check_standard_output(how: &str) -> anyhow::Result<()> {
+    if io::stdout().is_terminal() {
+        bail!("an archive is not for a terminal: name a file{how}, or redirect standard output");
+    }
+    Ok(())
+}
+
+/// Status of a program that writes to a pipe without a reader, and that SIGPIPE ends.
+const READER_IS_GONE: u32 = 128 + 13;
+
+/// Writes an archive to standard output. If its reader is gone before the end, no error is
+/// reported, as by other programs in a pipeline, but the status is that of SIGPIPE.
+pub(super) fn to_standard_output(
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Failure>,
+) -> Result<u32, Failure> {
+    to_pipe(&mut io::stdout().lock(), write)
+}
+
+fn to_pipe(
+    out: &mut dyn Write,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Failure>,
+) -> Result<u32, Failure> {
+    let mut pipe = Pipe { out, broken: false };
+    let written = write(&mut pipe);
+    if pipe.broken {
+        return Ok(READER_IS_GONE);
+    }
+    written.map(|()| 0)
+}
+
+/// A stream that notes whether its reader is gone.
+struct Pipe<'a> {
+    out: &'a mut dyn Write,
+    broken: bool,
+}
+
+impl Pipe<'_> {
+    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+        self.broken |= result.as_ref().is_err_and(is_gone);
+        result
+    }
+}
+
+impl Write for Pipe<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes);
+        self.note(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let flushed = self.out.flush();
+        self.note(flushed)
+    }
 }
 
 /// Creates a file beside `path`, which replaces that only when the archive is complete.
@@ -181,6 +236,44 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    /// A stream that fails after some bytes.
+    struct Failing(usize, io::ErrorKind);
+
+    impl Write for Failing {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            match self.0.min(bytes.len()) {
+                0 => Err(self.1.into()),
+                count => {
+                    self.0 -= count;
+                    Ok(count)
+                }
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_is_gone_is_no_failure_and_no_success() {
+        let write = |room, kind| {
+            to_pipe(&mut Failing(room, kind), |out| {
+                out.write_all(&[0; 100]).context("cannot write it")?;
+                Ok(())
+            })
+        };
+        assert_eq!(write(100, io::ErrorKind::BrokenPipe).unwrap(), 0);
+        assert_eq!(write(99, io::ErrorKind::BrokenPipe).unwrap(), 141);
+        let full = write(99, io::ErrorKind::StorageFull).unwrap_err();
+        assert!(full.to_string().contains("cannot write it"), "{full}");
+        // A pipe of another origin.
+        let other = to_pipe(&mut io::sink(), |_| {
+            Err(io::Error::from(io::ErrorKind::BrokenPipe).into())
+        });
+        assert!(other.is_err());
+    }
 
     #[test]
     fn only_files_are_replaced_and_links_are_followed() {
