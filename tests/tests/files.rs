@@ -1,9 +1,9 @@
-//! Files of running VMs: copying, comparing, exporting, and images of the changes.
+//! Files of VMs, running or not: copying, comparing, exporting, and images of the changes.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
-use sm_e2e::{Home, Vm, image, unique};
+use sm_e2e::{Home, Vm, image, unique, until};
 
 /// Starts a VM that waits.
 fn waiting(home: &Home) -> Vm<'_> {
@@ -92,10 +92,143 @@ fn files_are_copied_by_dockers_rules() {
     // The size is printed unless -q is given.
     let said = home.sm(&["cp", &path("f"), &at(&vm, "/f")]).exits(0).err();
     assert!(said.contains("Successfully copied"), "{said}");
+}
 
-    home.sm(&["stop", "-t", "1", &vm.name]).exits(0);
-    let said = cp(&[&path("f"), &at(&vm, "/x")]).exits(1).err();
-    assert!(said.contains("is not running"), "{said}");
+/// Returns the state of a VM, and the number of its events.
+fn life(home: &Home, vm: &str) -> (String, usize) {
+    let format = "{{.State.Status}} {{.State.ExitCode}}";
+    let state = home.sm(&["inspect", "-f", format, vm]).exits(0).out();
+    let filter = format!("vm={vm}");
+    let events = home.sm(&[
+        "events", "--since", "24h", "--until", "0s", "--filter", &filter,
+    ]);
+    (state, events.exits(0).out().lines().count())
+}
+
+#[test]
+fn files_of_a_stopped_vm_are_those_of_its_disk() {
+    let home = Home::shared();
+    let busybox = image("busybox");
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let cp = |from: &str, to: &str| home.sm(&["cp", "-q", from, to]);
+    let volume = unique("kept");
+    fs::create_dir(path("shared")).unwrap();
+    let vm = home.detached(&[
+        "-m",
+        "192m",
+        "-v",
+        &format!("{volume}:/kept"),
+        "-v",
+        &format!("{}:/shared", path("shared")),
+        &busybox,
+        "sh",
+        "-c",
+        "echo started >>/starts; trap 'exit 7' TERM; while :; do sleep 1; done",
+    ]);
+    vm.exec(&["sh", "-c", "echo one >/one; echo v >/kept/v; rm /etc/group"])
+        .exits(0);
+    home.sm(&["stop", &vm.name]).exits(0);
+    let before = life(home, &vm.name);
+
+    // From it, also of its volumes.
+    cp(&at(&vm, "/one"), &path("one")).exits(0);
+    cp(&at(&vm, "/kept/v"), &path("v")).exits(0);
+    assert_eq!(fs::read_to_string(path("one")).unwrap(), "one\n");
+    assert_eq!(fs::read_to_string(path("v")).unwrap(), "v\n");
+    let diff = home.sm(&["diff", &vm.name]).exits(0).out();
+    for line in ["A /one", "A /starts", "C /etc", "D /etc/group"] {
+        assert!(diff.lines().any(|found| found == line), "{line}: {diff}");
+    }
+    let exported = home.sm(&["export", &vm.name]).exits(0).stdout;
+    assert!(exported.windows(4).any(|bytes| bytes == b"one\n"));
+    let name = format!("{}:1", unique("stopped").to_lowercase());
+    home.sm(&["commit", "-c", "CMD cat /one", &vm.name, &name])
+        .exits(0);
+    let ran = home.sm(&["run", "--rm", "-m", "192m", &name]).exits(0);
+    assert_eq!(ran.out(), "one\n");
+
+    // To it, with owners, and to what it mounts.
+    fs::write(path("two"), "two\n").unwrap();
+    cp(&path("two"), &at(&vm, "/two")).exits(0);
+    cp(&path("two"), &at(&vm, "/kept/two")).exits(0);
+    cp(&path("two"), &at(&vm, "/shared/two")).exits(0);
+    assert_eq!(fs::read_to_string(path("shared/two")).unwrap(), "two\n");
+    let said = cp(&path("two"), &at(&vm, "/none/")).exits(1).err();
+    assert!(said.contains("does not exist"), "{said}");
+    assert_eq!(life(home, &vm.name), before, "nothing else has changed");
+
+    // A client that is killed in the middle leaves the disk to the next one.
+    let mut endless = home
+        .command(&["cp", "-", &at(&vm, "/tmp")])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut endless.stdin.take().unwrap(), &exported[..1 << 20]).unwrap();
+    endless.kill().unwrap();
+    endless.wait().unwrap();
+
+    // The workload finds all of it; it was not started before.
+    home.sm(&["start", &vm.name]).exits(0);
+    let said = vm.exec(&["cat", "/one", "/two", "/kept/two", "/shared/two", "/starts"]);
+    assert_eq!(
+        said.exits(0).out(),
+        "one\ntwo\ntwo\ntwo\nstarted\nstarted\n"
+    );
+    home.sm(&["stop", &vm.name]).exits(0);
+
+    // The reader of an archive that wants no more ends the command, without a word.
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut export = home.command(&["export", &vm.name]);
+    let export = export.stdout(writer).spawn().unwrap();
+    drop(reader);
+    let ended = export.wait_with_output().unwrap();
+    assert_eq!(
+        (ended.status.code(), ended.stderr.len()),
+        (Some(141), 0),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn files_of_a_vm_that_was_never_started_are_found_by_its_first_run() {
+    let home = Home::shared();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("greeting");
+    fs::write(&file, "hello\n").unwrap();
+    let busybox = image("busybox");
+    let name = unique("created");
+    home.sm(&[
+        "create",
+        "--rm",
+        "--name",
+        &name,
+        "-m",
+        "192m",
+        &busybox,
+        "cat",
+        "/greeting",
+    ])
+    .exits(0);
+    home.sm(&["cp", file.to_str().unwrap(), &format!("{name}:/greeting")])
+        .exits(0);
+    assert_eq!(home.sm(&["diff", &name]).exits(0).out(), "A /greeting\n");
+    assert!(life(home, &name).0.starts_with("created"));
+    assert_eq!(home.sm(&["start", "-a", &name]).exits(0).out(), "hello\n");
+
+    // Without a disk there is nothing to copy to.
+    let name = unique("created");
+    home.sm(&[
+        "create", "--name", &name, "-m", "192m", "--root", "tmpfs", &busybox, "true",
+    ])
+    .exits(0);
+    let said = home.sm(&["cp", file.to_str().unwrap(), &format!("{name}:/x")]);
+    let said = said.exits(1).err();
+    assert!(
+        said.contains("guest memory") && said.contains("sm start"),
+        "{said}"
+    );
+    home.sm(&["rm", &name]).exits(0);
 }
 
 #[test]
@@ -174,4 +307,91 @@ fn a_committed_vm_is_an_image_like_it() {
         .exits(0);
     assert_eq!(run(&[&exported, "cat", "/srv/deep/g"]), "text\n");
     home.sm(&["rmi", &exported]).exits(0);
+}
+
+/// A registry on this host, which ends with the value.
+struct Registry {
+    process: std::process::Child,
+    address: String,
+    _directory: tempfile::TempDir,
+}
+
+impl Registry {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        // The port was just free, and no other program is expected to take it.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        drop(listener);
+        let configuration = directory.path().join("registry.yml");
+        let storage = directory.path().join("storage");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: \"{address}\"}}\n\
+             storage: {{filesystem: {{rootdirectory: {storage:?}}}}}\n"
+        );
+        fs::write(&configuration, text).unwrap();
+        let process = std::process::Command::new("docker-registry")
+            .arg("serve")
+            .arg(&configuration)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        until("the registry listens", || {
+            std::net::TcpStream::connect(&address).is_ok()
+        });
+        Self {
+            process,
+            address,
+            _directory: directory,
+        }
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn a_committed_image_is_the_same_after_a_push_and_a_pull() {
+    if !sm_test_needs::programs(&["docker-registry"]) {
+        return;
+    }
+    let registry = Registry::start();
+    let home = Home::shared();
+    let vm = waiting(home);
+    vm.exec(&[
+        "sh",
+        "-c",
+        "mkdir /new; echo text >/new/f; chown 7:8 /new/f; rm /etc/group",
+    ])
+    .exits(0);
+    let name = format!("{}/made/here:1", registry.address);
+    home.sm(&["commit", "-c", "CMD cat /new/f", &vm.name, &name])
+        .exits(0);
+    let described = |home: &Home| {
+        let inspected = home.sm(&["image", "inspect", &name]).exits(0).json();
+        let (config, digest) = (&inspected[0]["config"], &inspected[0]["config_digest"]);
+        assert!(config.is_object() && digest.is_string(), "{inspected}");
+        (config.clone(), digest.clone())
+    };
+    let check = "stat -c %u:%g /new/f; ls /etc/group 2>/dev/null; cat /new/f";
+    let run = |home: &Home| {
+        let command = home
+            .sm(&["run", "--rm", "-m", "192m", &name])
+            .exits(0)
+            .out();
+        let files = home.sm(&["run", "--rm", "-m", "192m", &name, "sh", "-c", check]);
+        (command, files.out())
+    };
+    let before = (described(home), run(home));
+    assert_eq!(before.1, ("text\n".to_owned(), "7:8\ntext\n".to_owned()));
+    home.sm(&["push", &name]).exits(0);
+    // Another user, who has nothing of it.
+    let other = Home::new();
+    other.sm(&["pull", "-q", &name]).exits(0);
+    assert_eq!((described(&other), run(&other)), before);
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::Stdio;
 
 use sha2::{Digest as _, Sha256};
-use sm_e2e::{Home, Reaped, binary, image};
+use sm_e2e::{Home, Reaped, binary, image, until};
 
 fn sm(arguments: &[&str]) -> sm_e2e::Done {
     Home::shared().sm(arguments)
@@ -488,4 +488,65 @@ fn the_doctor_finds_nothing_wrong() {
     let making = checks.iter().find(|check| check["name"] == "creating a VM");
     let detail = making.unwrap()["detail"].as_str().unwrap();
     assert!(detail.starts_with("takes "), "{detail}");
+}
+
+/// Bounding and effective capabilities are what `man 7 capabilities` numbers.
+#[test]
+fn capabilities_and_privileges_are_as_asked() {
+    let image = image("busybox");
+    let status = |options: &[&str]| {
+        let script = "grep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status | tr -d ' \\t'";
+        let run = [
+            &["run", "--rm", "-m", "128m"],
+            options,
+            &[&image, "sh", "-c", script],
+        ];
+        sm(&run.concat()).exits(0).out()
+    };
+    let sets = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        u64::from_str_radix(line.expect("a set").trim_start_matches(':'), 16).expect("hexadecimal")
+    };
+    let (chown, net_raw, sys_time) = (1u64 << 0, 1u64 << 13, 1u64 << 25);
+    let all = status(&[]);
+    // The guest is the workload's own: it has everything that its kernel has.
+    assert_eq!(sets(&all, "CapEff") & sys_time, sys_time, "{all}");
+    assert!(all.contains("NoNewPrivs:0"), "{all}");
+    let fewer = status(&["--cap-drop", "NET_RAW", "--cap-drop", "cap_chown"]);
+    for set in ["CapEff", "CapBnd"] {
+        assert_eq!(sets(&fewer, set) & (chown | net_raw), 0, "{fewer}");
+        assert_eq!(sets(&fewer, set), sets(&all, set) & !(chown | net_raw));
+    }
+    let one = status(&["--cap-drop", "all", "--cap-add", "SYS_TIME"]);
+    assert_eq!(sets(&one, "CapEff"), sys_time, "{one}");
+    let none = status(&["--security-opt", "no-new-privileges"]);
+    assert!(none.contains("NoNewPrivs:1"), "{none}");
+    // What is dropped is dropped: it changes nothing, and commands beside it have the same.
+    let home = Home::shared();
+    let vm = home.detached(&["-m", "128m", "--cap-drop", "all", &image, "sleep", "100000"]);
+    vm.exec(&["sh", "-c", "touch /f && ! chown 1:1 /f 2>/dev/null"])
+        .exits(0);
+    let exec = ["exec", "--privileged", &vm.name, "chown", "1:1", "/f"];
+    home.sm(&exec).exits(0);
+    sm(&["run", "--rm", "--cap-drop", "FLY", &image, "true"]).exits(125);
+}
+
+#[test]
+fn a_detached_command_continues_without_its_client() {
+    let home = Home::shared();
+    let vm = home.detached(&["-m", "128m", &image("busybox"), "sleep", "100000"]);
+    let script = "sleep 1; echo continued > /done";
+    let started = home
+        .sm(&["exec", "-d", &vm.name, "sh", "-c", script])
+        .exits(0);
+    assert_eq!(started.out(), "");
+    until("it has continued", || {
+        vm.exec(&["cat", "/done"]).out() == "continued\n"
+    });
+    let missing = home.sm(&["exec", "-d", &vm.name, "no-such-program"]);
+    assert_eq!(missing.code, Some(127), "{}", missing.err());
+    // It ends with the VM.
+    home.sm(&["exec", "-d", &vm.name, "sleep", "100000"])
+        .exits(0);
+    home.sm(&["stop", "-t", "1", &vm.name]).exits(0);
 }

@@ -264,3 +264,111 @@ fn a_watcher_sees_edits_of_the_host() {
     clone.until_it_says("app.js: fourth");
     vm.until_it_says("app.js: fourth");
 }
+
+#[test]
+fn owners_are_shown_and_changed_as_asked() {
+    let home = Home::shared();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    for (name, owner) in [("mine", None), ("other", Some(7))] {
+        fs::write(path.join(name), name).unwrap();
+        std::os::unix::fs::chown(path.join(name), owner, owner).unwrap();
+    }
+    let run = |options: &str, script: &str| {
+        let mount = format!("{}:/d:{options}", path.display());
+        run(home, &[&mount], script)
+    };
+    let me = path.join("mine").metadata().unwrap().uid();
+    let owners = "cd /d; stat -c %u:%g mine other";
+    for (options, seen) in [
+        ("owner=keep", format!("{me}:{me}\n7:7\n")),
+        ("owner=33:44", "33:44\n33:44\n".to_owned()),
+        ("owner=squash", "0:0\n7:7\n".to_owned()),
+    ] {
+        assert_eq!(run(options, owners).exits(0).out(), seen, "{options}");
+    }
+    // A change is refused, has no effect, or is stored beside the owner on the host.
+    let change = "cd /d; chown 5:6 mine 2>&1 | grep -o 'not permitted'; stat -c %u:%g mine";
+    for (options, seen) in [
+        ("owner=squash,chown=deny", "not permitted\n0:0\n"),
+        ("owner=squash,chown=ignore", "0:0\n"),
+        ("owner=squash,chown=xattr", "5:6\n"),
+    ] {
+        assert_eq!(run(options, change).exits(0).out(), seen, "{options}");
+        assert_eq!(path.join("mine").metadata().unwrap().uid(), me, "{options}");
+    }
+    // The next VM finds it.
+    let said = run("owner=squash", owners).exits(0).out();
+    assert_eq!(said, "5:6\n7:7\n");
+    // Options that are none are refused before anything starts.
+    for options in ["owner=me", "chown=maybe"] {
+        let said = run(options, "true").exits(125).err();
+        let value = options.split('=').nth(1).unwrap();
+        assert!(said.contains(value), "{options}: {said}");
+    }
+}
+
+/// Descriptors of a process, and its anonymous memory in bytes beside that of its guest.
+fn costs(pid: u64) -> (usize, u64) {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut of_guest, mut bytes) = (false, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        match words.next().unwrap_or_default() {
+            "Anonymous:" if !of_guest => {
+                let kib: u64 = words.next().unwrap_or_default().parse().unwrap();
+                bytes += kib << 10;
+            }
+            first if first.contains('-') => of_guest = line.ends_with("/memory.bin"),
+            _ => {}
+        }
+    }
+    (fds, bytes)
+}
+
+#[test]
+fn full_a_million_files_are_found_without_a_descriptor_for_each() {
+    const DIRECTORIES: usize = 10_000;
+    const EACH: usize = 100;
+    let home = Home::shared();
+    let folder = tempfile::tempdir().unwrap();
+    for directory in 0..DIRECTORIES {
+        let path = folder
+            .path()
+            .join(format!("{}/{directory}", directory % 50));
+        fs::create_dir_all(&path).unwrap();
+        for file in 0..EACH {
+            fs::File::create(path.join(file.to_string())).unwrap();
+        }
+    }
+    let mount = format!("{}:/t:ro", folder.path().display());
+    let image = image("busybox");
+    // The first one makes the snapshot, of which the memory of the next one is a mapping.
+    run(home, &[], "true").exits(0);
+    let vm = home.detached(&["-m", "128m", "-v", &mount, &image, "sleep", "100000"]);
+    let inspected = home.sm(&["inspect", &vm.name]).exits(0).json();
+    let pid = inspected[0]["state"]["pid"].as_u64().unwrap();
+    let before = costs(pid);
+    let most = std::sync::Mutex::new(before);
+    let found = std::thread::scope(|scope| {
+        let find = scope.spawn(|| {
+            vm.exec(&["sh", "-c", "find /t -type f -size 0 | wc -l"])
+                .exits(0)
+                .out()
+        });
+        while !find.is_finished() {
+            let now = costs(pid);
+            let mut most = most.lock().unwrap();
+            *most = (most.0.max(now.0), most.1.max(now.1));
+            drop(most);
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+        find.join().unwrap()
+    });
+    let (fds, bytes) = *most.lock().unwrap();
+    println!("before {before:?}, at most {fds} descriptors and {bytes} bytes");
+    assert_eq!(found.trim(), (DIRECTORIES * EACH).to_string());
+    assert!(fds < 2000, "{fds} descriptors");
+    assert!(bytes < 40 << 20, "{bytes} bytes, {before:?} before");
+}
