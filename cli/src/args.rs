@@ -98,14 +98,14 @@ pub(crate) enum Command {
     Top(TopArgs),
     /// Show the resource usage of a running VM
     Stats(StatsArgs),
-    /// Copy files between a running VM and this host
+    /// Copy files between a VM and this host
     Cp(CpArgs),
-    /// List what a running VM has changed in its root file system: A added, C changed,
+    /// List what a VM has changed in its root file system: A added, C changed,
     /// D deleted
     Diff(DiffArgs),
-    /// Write the root file system of a running VM to a tar archive
+    /// Write the root file system of a VM to a tar archive
     Export(ExportArgs),
-    /// Create an image from the changes of a running VM
+    /// Create an image from the changes of a VM
     Commit(CommitArgs),
     /// Manage images in the local store
     #[command(subcommand)]

@@ -195,6 +195,12 @@ fn hint_of_refusal(refusal: &Refusal) -> Option<String> {
         Refusal::NoImage { image, .. } => Some(format!(
             "bring it back with \"sm pull {image}\", if that still names it"
         )),
+        Refusal::RootInMemory(name) => Some(format!(
+            "start it with \"sm start {name}\"; a VM that runs without --root tmpfs keeps its files"
+        )),
+        Refusal::ContinuesSnapshot { vm, .. } => {
+            Some(format!("start it first with \"sm start {vm}\""))
+        }
         Refusal::UnreadableSnapshot { name, .. } => Some(format!(
             "if that snapshot is not needed any more, remove it with \"sm snapshot rm {name}\""
         )),

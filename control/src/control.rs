@@ -74,6 +74,31 @@ impl Control {
             .and_then(checked)
     }
 
+    /// Waits until the VM has exited, or its process has closed the connection.
+    ///
+    /// # Errors
+    /// The deadline has passed (`TimedOut`), or the connection failed.
+    pub fn wait_until(mut self, deadline: Instant) -> Result<(), ControlError> {
+        let operation = vmm("wait for the VM's process");
+        match self
+            .send(&ControlCall::Wait)
+            .and_then(|()| self.receive(Some(deadline)))
+        {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof
+                        | io::ErrorKind::BrokenPipe
+                        | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(operation(error)),
+            Ok(answer) => checked(answer).map(drop),
+        }
+    }
+
     fn send(&mut self, call: &ControlCall) -> io::Result<()> {
         let mut bytes = Vec::new();
         frame::encode(FrameType::Request, &serde_json::to_vec(call)?, &mut bytes)

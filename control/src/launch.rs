@@ -88,6 +88,18 @@ pub struct VolumeShare {
     pub copy: bool,
 }
 
+/// The purpose of a start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LaunchPurpose {
+    /// The workload runs.
+    #[default]
+    Workload,
+    /// The files of an idle VM are accessed. Its root is mounted, no workload runs, and its
+    /// record does not change. The machine ends when its launcher disconnects.
+    Files,
+}
+
 /// The source that a VM starts from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -126,6 +138,8 @@ pub struct LaunchRequest {
     pub cache: PathBuf,
     /// Configuration of the VM.
     pub config: LaunchConfig,
+    /// The purpose.
+    pub purpose: LaunchPurpose,
     /// Parameters appended to the kernel's command line.
     pub cmdline: String,
     /// The start source.
@@ -211,9 +225,9 @@ pub enum VmmReport {
     Phase(Phase),
     /// A failure that the start survived, in a sentence.
     Warning(String),
-    /// The workload runs.
+    /// The workload runs, or files can be accessed.
     Started {
-        /// Its process identifier in the guest.
+        /// Process identifier of the workload in the guest; 0 without a workload.
         pid: u32,
     },
     /// The identity report of this VM.

@@ -13,8 +13,9 @@ use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
     BalloonReport, ControlAnswer, ControlCall, DiskSegment, HealthReport, HealthResult,
-    HealthStatus, ImageSource, LaunchRequest, LaunchRequestError, Paging, RestartProgress,
-    SnapshotReport, Stage, StageTimes, StartSource, Status, VmIdentityReport, VmmReport,
+    HealthStatus, ImageSource, LaunchPurpose, LaunchRequest, LaunchRequestError, Paging,
+    RestartProgress, SnapshotReport, Stage, StageTimes, StartSource, Status, VmIdentityReport,
+    VmmReport,
 };
 use sm_control::publish::{PortStats, Publication, PublishedPort};
 use sm_control::timings::Phase;
@@ -151,6 +152,7 @@ fn a_launch_request() {
         run: "/run".into(),
         cache: "/cache".into(),
         config: config(),
+        purpose: LaunchPurpose::Workload,
         cmdline: String::new(),
         source: StartSource::Image(ImageSource {
             root: vec![DiskSegment {
@@ -181,7 +183,7 @@ fn a_launch_request() {
     };
     let form = json!({
         "version": "1", "data": "/data", "run": "/run", "cache": "/cache",
-        "config": config_form(), "cmdline": "",
+        "config": config_form(), "purpose": "workload", "cmdline": "",
         "source": {"image": {
             "root": [{"path": "/d", "offset": 0, "len": 4096}], "modules": null, "cold": false,
         }},

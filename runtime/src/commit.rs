@@ -4,7 +4,7 @@ use sm_control::signal;
 use sm_control::workload::Workload;
 use sm_image::{Commit, Config, Digest, PullOptions, Store};
 
-use crate::files::Processes;
+use crate::files::{FileAccess, FileScope, Processes};
 use crate::image::docker_name;
 use crate::vm::Vm;
 use crate::{Error, Refusal};
@@ -59,8 +59,8 @@ impl Vm {
     /// user and directory of the VM, changed by `change`. Returns its ID.
     ///
     /// # Errors
-    /// The VM is not running, its image is not in the store any more, or the store cannot
-    /// be written.
+    /// The files of the VM cannot be opened ([`Self::open_files`]), its image is not in the
+    /// store any more, or the store cannot be written.
     pub fn commit(
         &self,
         name: Option<&str>,
@@ -73,7 +73,12 @@ impl Vm {
         let base = Digest::parse(&config.image_digest)
             .ok_or_else(|| Refusal::Vm(format!("{:?} is no image", config.image_digest)))?;
         let store = Store::open(&self.sm().home().images())?;
-        let stream = self.files().layer(options.processes)?;
+        let files = self.open_files(FileScope::Root, FileAccess::Read)?;
+        let processes = match files.is_of_idle_vm() {
+            true => Processes::Run,
+            false => options.processes,
+        };
+        let stream = files.layer(processes)?;
         let workload = &config.workload;
         let mut change = Some(change);
         let commit = Commit {
@@ -89,7 +94,9 @@ impl Vm {
                 }
             },
         };
-        Ok(store.commit(base, stream, commit, pull)?.digest)
+        let digest = store.commit(base, stream, commit, pull)?.digest;
+        files.close()?;
+        Ok(digest)
     }
 }
 

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use sm_control::event::EventRecord;
 use sm_control::exit::ExitRecord;
-use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
+use sm_control::id::VmId;
+use sm_control::launch::{DiskSegment, ImageSource, LaunchPurpose, LaunchRequest};
 use sm_control::with_causes;
 use sm_guest_proto::frame::FrameType;
 use sm_vmm::environment::{BootAssets, Identity, OutputLog, VmRecord, VmmEnvironment};
@@ -19,7 +20,7 @@ use crate::home::Home;
 use crate::initramfs::Initramfs;
 use crate::kernel::Kernel;
 use crate::output_log::{LogWriter, ROTATE_AT, Stream};
-use crate::record::{CONSOLE, Record, Records, VmConfig};
+use crate::record::{CONSOLE, FileAccessRecord, Record, Records, VmConfig};
 use crate::sm::register_program;
 
 /// Runs the VMM, and does not return, if this process was started as one.
@@ -40,7 +41,11 @@ impl VmmEnvironment for Installed {
     fn open_record(&self, request: &LaunchRequest) -> io::Result<Arc<dyn VmRecord>> {
         let home = Home::new(&request.data, &request.run, &request.cache);
         let records = Records::open(&home).map_err(io::Error::other)?;
-        Ok(Arc::new(records.record(request.config.clone().into())))
+        let record = records.record(request.config.clone().into());
+        Ok(match request.purpose {
+            LaunchPurpose::Workload => Arc::new(record),
+            LaunchPurpose::Files => Arc::new(FileAccessRecord(record.for_file_access())),
+        })
     }
 
     fn boot_assets(
@@ -101,6 +106,10 @@ impl VmRecord for Record {
 
     fn current_config(&self) -> io::Result<Option<VmConfig>> {
         self.reread_config().map(Some).map_err(io::Error::other)
+    }
+
+    fn name_of(&self, vm: &VmId) -> Option<String> {
+        Self::name_of(self, vm)
     }
 
     fn note_event(&self, event: &EventRecord) {

@@ -197,6 +197,20 @@ pub enum Refusal {
         /// The reference by which its image was opened.
         image: String,
     },
+    /// The changes of the VM's root were in guest memory.
+    #[error("VM \"{0}\" has no files until it is started: its root is in guest memory")]
+    RootInMemory(String),
+    /// The next start of the VM discards what is written to its disk.
+    #[error(
+        "VM \"{vm}\" continues snapshot \"{snapshot}\" when it is started, without changes to its \
+         files"
+    )]
+    ContinuesSnapshot {
+        /// The VM.
+        vm: String,
+        /// The snapshot.
+        snapshot: String,
+    },
     /// The VM, or its guest, refused the operation; its own sentence.
     #[error("{0}")]
     Vm(String),
@@ -270,6 +284,7 @@ impl Error {
                 Refusal::Paused(_) | Refusal::Starting(_) => ErrorKind::Busy,
                 Refusal::Platform { .. } | Refusal::NoStartSettings(_) => ErrorKind::Unsupported,
                 Refusal::NoImage { .. } => ErrorKind::NotFound,
+                Refusal::RootInMemory(_) | Refusal::ContinuesSnapshot { .. } => ErrorKind::Busy,
                 Refusal::NoWorkload { .. } => ErrorKind::Invalid,
                 Refusal::UnreadableSnapshot { .. } => ErrorKind::Damaged,
                 Refusal::NoExitStatus(_) | Refusal::Vm(_) | Refusal::Answer(_) => {
@@ -317,7 +332,7 @@ fn kind_of_record(error: &RecordError) -> ErrorKind {
         RecordError::Later { .. } => ErrorKind::Unsupported,
         RecordError::Form { .. } if error.is_of_later_version() => ErrorKind::Unsupported,
         RecordError::Damaged { .. } | RecordError::Form { .. } => ErrorKind::Damaged,
-        RecordError::Running(_) => ErrorKind::Busy,
+        RecordError::Running(_) | RecordError::FilesInUse(_) => ErrorKind::Busy,
         RecordError::Io { source, .. } => kind_of_io(source),
     }
 }

@@ -1,8 +1,12 @@
-//! Files of a running VM: reading, writing, copying, and comparing with the image.
+//! Files of a VM: reading, writing, copying, and comparing with the image.
 //!
 //! All operations are performed by the guest's agent, as root and in the root file system
 //! of the workload, out of which no path leads. Contents are streamed in both directions.
+//!
+//! [`Vm::files`] has those of a running VM, [`Vm::open_files`] those of any: for a VM that is
+//! stopped, a machine is started that runs no workload.
 
+mod access;
 mod copy;
 mod error;
 mod stream;
@@ -14,6 +18,7 @@ use sm_guest_proto::container::ContainerId;
 pub use sm_guest_proto::files::{ChangeKind, FileChange, FileStat, FileType};
 use sm_guest_proto::files::{FileOperation, FileRequest, PathBytes, WriteFile};
 
+pub use self::access::{FileAccess, FileScope, OpenFiles};
 pub use self::copy::{Copied, CopyOptions};
 pub use self::error::FilesError;
 pub use self::stream::{GuestLines, GuestReader};
@@ -100,14 +105,18 @@ impl Vm {
     /// Returns the files of the VM.
     #[must_use]
     pub fn files(&self) -> Files {
-        Files {
-            record: self.record().clone(),
-            container: ContainerId::default(),
-        }
+        Files::of(self.record())
     }
 }
 
 impl Files {
+    fn of(record: &Record) -> Self {
+        Self {
+            record: record.clone(),
+            container: ContainerId::default(),
+        }
+    }
+
     fn start(&self, operation: FileOperation) -> Result<GuestReader, Error> {
         let request = FileRequest {
             container: self.container.clone(),

@@ -19,8 +19,10 @@
 //! which the VM's process starts another run is marked in that file, and counts only when
 //! the process is gone.
 //!
-//! `idle.rs` has the files of a VM without a process, and what a start does with them.
+//! `idle.rs` has the files of a VM without a process, and what a start does with them;
+//! `file_access.rs` has the processes that only access the files of such a VM.
 
+mod file_access;
 mod files;
 #[cfg(test)]
 mod full;
@@ -41,7 +43,8 @@ pub use sm_control::exit::{ExitReason, ExitRecord};
 use sm_control::id::VmId;
 use thiserror::Error;
 
-use self::files::{read_json, remove_tree, write_json};
+pub(crate) use self::file_access::FileAccessRecord;
+use self::files::{read_config, read_json, remove_tree, write_json};
 pub use self::records::Damaged;
 pub(crate) use self::records::{Draft, Records};
 use crate::events::{EventAction, EventLog, EventRecord};
@@ -102,6 +105,9 @@ pub enum RecordError {
     /// The VM is alive, and the operation requires an exited one.
     #[error("VM \"{0}\" is running")]
     Running(String),
+    /// A process accesses the files of the idle VM.
+    #[error("the files of VM \"{0}\" are being read or written: try again when that has ended")]
+    FilesInUse(String),
     /// A file of a record is of no form that this program knows.
     #[error("cannot understand {path:?}")]
     Form {
@@ -159,6 +165,19 @@ pub enum VmState {
     Exited(ExitRecord),
 }
 
+/// The names of a VM's sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SocketNames {
+    control: &'static str,
+    exec: &'static str,
+}
+
+/// Those of a VM's process.
+const SOCKETS: SocketNames = SocketNames {
+    control: "control.sock",
+    exec: "exec.sock",
+};
+
 /// One VM's record.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
@@ -167,6 +186,7 @@ pub(crate) struct Record {
     start: Option<StartSettingsV1>,
     directory: PathBuf,
     sockets: PathBuf,
+    names: SocketNames,
     events: EventLog,
 }
 
@@ -195,11 +215,11 @@ impl Record {
     }
 
     pub(crate) fn control_socket(&self) -> PathBuf {
-        self.sockets.join("control.sock")
+        self.sockets.join(self.names.control)
     }
 
     pub(crate) fn exec_socket(&self) -> PathBuf {
-        self.sockets.join("exec.sock")
+        self.sockets.join(self.names.exec)
     }
 
     /// Returns the control socket of its VMM.
@@ -265,6 +285,11 @@ impl Record {
         is_vanishing(&self.directory, self.config.auto_remove)
     }
 
+    /// Returns the present name of another VM of this user.
+    pub(crate) fn name_of(&self, vm: &VmId) -> Option<String> {
+        name_of(self.directory.parent()?, vm)
+    }
+
     /// Writes the exit record durably. Called by the VMM.
     pub(crate) fn write_exit(&self, exit: &ExitRecord) -> Result<(), RecordError> {
         write_json(&self.directory, EXIT, exit)
@@ -283,13 +308,21 @@ impl Record {
         // The VMM of a VM that has ended is about to release the lock. The registry's lock
         // is not held meanwhile.
         if self.has_ended() {
-            drop(self.try_lock(FlockOperation::LockShared)?);
+            self.wait_until_free()?;
         }
-        let _registry = records::registry_lock(self.directory.parent().unwrap_or(Path::new("/")))?;
-        let Some(_dead) = self.try_lock(FlockOperation::NonBlockingLockShared)? else {
-            return Err(RecordError::Running(self.config.name.clone()));
-        };
-        self.erase()
+        loop {
+            let records = self.directory.parent().unwrap_or(Path::new("/"));
+            let registry = records::registry_lock(records)?;
+            let lock = self.try_lock(FlockOperation::NonBlockingLockShared)?;
+            if lock.is_some() {
+                return self.erase();
+            }
+            if !self.is_accessed() {
+                return Err(RecordError::Running(self.config.name.clone()));
+            }
+            drop(registry);
+            self.wait_until_free()?;
+        }
     }
 
     /// Removes the record. The caller is the VMM, or holds the registry's lock and has
@@ -322,6 +355,12 @@ impl Record {
     pub(crate) fn remove_sockets(&self) -> Result<(), RecordError> {
         remove_tree(&self.sockets)
     }
+}
+
+/// Returns the present name of a VM; `vms` is the directory of all records.
+pub(crate) fn name_of(vms: &Path, vm: &VmId) -> Option<String> {
+    let path = vms.join(vm.as_str()).join(CONFIG);
+    Some(read_config(&path).ok()??.config.name)
 }
 
 /// Returns true if the record in `directory` is removed, or its VM has ended and its VMM

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use sm_control::config::{SettingsSourceV1, StartSettingsV1};
 use sm_control::fdpass;
 use sm_control::id::VmId;
-use sm_control::launch::{ImageSource, LaunchRequest, RestartProgress, StartSource, VmmReport};
+use sm_control::launch::{
+    ImageSource, LaunchPurpose, LaunchRequest, RestartProgress, StartSource, VmmReport,
+};
 use sm_control::session::{Aside, Event, Session};
 use sm_control::timed::Until;
 use sm_control::timings::Phase;
@@ -31,11 +33,13 @@ use crate::vm::Vm;
 use crate::{Error, StartError, volumes};
 
 mod again;
+mod files_machine;
 mod health;
 mod options;
 mod reporting;
 
 pub use self::again::StartOptions;
+pub(crate) use self::files_machine::FilesMachine;
 pub use self::health::HealthOptions;
 pub(crate) use self::options::DEFAULT_STOP_TIMEOUT;
 pub use self::options::{
@@ -258,6 +262,7 @@ fn request(
         run: home.run().to_owned(),
         cache: home.cache().to_owned(),
         config: record.config().clone().into(),
+        purpose: LaunchPurpose::Workload,
         cmdline: settings.cmdline.clone(),
         source,
         paging: settings.paging,

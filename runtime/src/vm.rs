@@ -90,7 +90,7 @@ impl Vms {
     /// # Errors
     /// The records cannot be listed.
     pub fn list(&self) -> Result<Vec<Vm>, Error> {
-        let records = self.swept()?.0;
+        let records = Records::open(self.sm.home())?.swept()?.0;
         let vm = |record| Vm::from_record(&self.sm, record);
         Ok(records.into_iter().map(vm).collect())
     }
@@ -102,17 +102,9 @@ impl Vms {
     /// # Errors
     /// The records cannot be listed.
     pub fn inspect(&self, timeout: Duration) -> Result<Inspections, Error> {
-        let (records, damaged) = self.swept()?;
+        let (records, damaged) = Records::open(self.sm.home())?.swept()?;
         let vms = survey::inspect_all(records, timeout);
         Ok(Inspections { vms, damaged })
-    }
-
-    fn swept(&self) -> Result<(Vec<Record>, Vec<Damaged>), Error> {
-        let records = Records::open(self.sm.home())?;
-        if let Err(error) = records.sweep() {
-            tracing::warn!(%error, "cannot clean up after VMs");
-        }
-        Ok(records.read_all(false)?)
     }
 
     /// Removes the damaged record of the VM whose identifier begins with `query`.
@@ -268,6 +260,10 @@ impl Vm {
         {
             return Ok(exit);
         }
+        // A machine for its files may hold the lock of a VM that has exited.
+        if let Ok(VmState::Exited(exit)) = self.record.state() {
+            return Ok(exit);
+        }
         self.record.wait_until_unlocked()?;
         match self.record.state()? {
             VmState::Exited(exit) | VmState::Restarting(exit) => Ok(exit),
@@ -374,7 +370,8 @@ impl Vm {
     /// # Errors
     /// The VM is not running.
     pub fn pause(&self) -> Result<(), Error> {
-        self.call(&ControlCall::Pause).map(drop)
+        let done = self.call(&ControlCall::Pause).map(drop);
+        done.map_err(|error| self.refused("pause", error))
     }
 
     /// Resumes the vCPUs.
@@ -382,7 +379,8 @@ impl Vm {
     /// # Errors
     /// The VM is not running.
     pub fn resume(&self) -> Result<(), Error> {
-        self.call(&ControlCall::Resume).map(drop)
+        let done = self.call(&ControlCall::Resume).map(drop);
+        done.map_err(|error| self.refused("unpause", error))
     }
 
     /// Resets a VM that was started from a workload snapshot to the state of the
@@ -393,8 +391,20 @@ impl Vm {
     /// # Errors
     /// The VM is not running, or was not started from a workload snapshot.
     pub fn reset(&self) -> Result<(), Error> {
-        self.control()?.call_and_wait(&ControlCall::Reset)?;
-        Ok(())
+        let done = self.control()?.call_and_wait(&ControlCall::Reset);
+        let done = done.map(drop).map_err(Error::from);
+        done.map_err(|error| self.refused("reset", error))
+    }
+
+    /// Adds the operation and the VM to a refusal of the VM's process, which names neither.
+    fn refused(&self, operation: &str, error: Error) -> Error {
+        match error {
+            Error::Refused(Refusal::Vm(reason)) => {
+                let name = self.name();
+                Refusal::Vm(format!("cannot {operation} VM \"{name}\": {reason}")).into()
+            }
+            other => other,
+        }
     }
 
     /// Returns resource usage of the guest.

@@ -21,7 +21,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use sm_control::id::random;
-use sm_vmm_core::layout::SLOTS_VOLUMES;
+use sm_vmm_core::layout::{SLOT_DATA_DISK, SLOTS_VOLUMES};
 use sm_vmm_core::virtio::layered::{DiskLayer, LayerError, LayerId, LayeredDisk};
 use thiserror::Error;
 
@@ -29,6 +29,7 @@ use self::chain::{LayerFile, remove_file};
 
 pub use self::template::Templates;
 pub use self::verify::VerifiedDisks;
+pub use self::volume::writer;
 
 /// Number of volumes that a VM can mount as disks.
 pub const MAX_VOLUME_DISKS: u32 = *SLOTS_VOLUMES.end() - *SLOTS_VOLUMES.start() + 1;
@@ -107,6 +108,13 @@ impl DiskDirectory {
     #[must_use]
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
+    }
+
+    /// Returns the directory of the disk for changes to the root of the VM whose record is in
+    /// `record`.
+    #[must_use]
+    pub fn of_root(record: &Path) -> Self {
+        Self::new(record, SLOT_DATA_DISK)
     }
 
     /// Returns the directory for the disk in `slot` of the VM whose record is in `record`.

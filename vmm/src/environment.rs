@@ -10,6 +10,7 @@ use std::sync::Arc;
 use sm_control::config::VmConfig;
 use sm_control::event::EventRecord;
 use sm_control::exit::ExitRecord;
+use sm_control::id::VmId;
 use sm_control::launch::{DiskSegment, ImageSource, LaunchRequest};
 use sm_guest_proto::frame::FrameType;
 
@@ -91,6 +92,12 @@ pub trait VmRecord: Send + Sync {
     /// The record cannot be read.
     fn current_config(&self) -> io::Result<Option<VmConfig>> {
         Ok(None)
+    }
+
+    /// Returns the present name of another VM; `None`, by default, if it is unknown.
+    fn name_of(&self, vm: &VmId) -> Option<String> {
+        let _ = vm;
+        None
     }
 
     /// Logs an event in the life of the VM; by default, does nothing. Never waits for

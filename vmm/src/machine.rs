@@ -32,9 +32,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitLatch;
-use sm_vmm_core::layout::{
-    SLOT_BALLOON, SLOT_DATA_DISK, SLOT_FS, SLOT_NET, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK,
-};
+use sm_vmm_core::layout::{SLOT_BALLOON, SLOT_FS, SLOT_NET, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
@@ -194,7 +192,7 @@ pub(crate) fn start(
     let cpu = CpuFeatures::of(&features.cpuid);
     let mut warnings = Vec::new();
     let mut request = request.clone();
-    let changes = DiskDirectory::new(record.directory(), SLOT_DATA_DISK);
+    let changes = DiskDirectory::of_root(record.directory());
     let has_changes = changes.exists().map_err(failed("find the VM's disk"))?;
     loop {
         let plan = StartPlan::of(&request, &cpu, environment, has_changes)?;

@@ -13,6 +13,7 @@ mod admission;
 mod clients;
 mod ending;
 mod events;
+mod file_access;
 mod guest_clock;
 mod guest_side;
 mod health;

@@ -4,14 +4,16 @@ use std::io::{self, BufWriter, IsTerminal as _};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use serde::Serialize;
+use sm_runtime::Sm;
 use sm_runtime::commit::CommitOptions;
-use sm_runtime::files::{ChangeKind, Copied, CopyOptions, Processes};
+use sm_runtime::files::{
+    ChangeKind, Copied, CopyOptions, FileAccess, FileScope, OpenFiles, Processes,
+};
 use sm_runtime::image::{Progress, PullOptions};
-use sm_runtime::{Sm, VmState};
 
-use super::archive::{Destination, change, destination};
+use super::archive::{self, Destination, change, destination};
 use crate::args::{CommitArgs, CpArgs, DiffArgs, ExportArgs};
 use crate::failure::Failure;
 use crate::moment;
@@ -53,21 +55,19 @@ pub(crate) fn cp(sm: &Sm, args: &CpArgs, printer: &Printer) -> Result<u32, Failu
             return Err(anyhow!("copying between VMs is not supported").into());
         }
         (Side::Vm { vm, path }, Side::Stream) => {
-            if io::stdout().is_terminal() {
-                return Err(anyhow!(
-                    "an archive is not for a terminal: name a file, or redirect standard output"
-                )
-                .into());
-            }
-            let vm = running(sm, vm)?;
-            let mut archive = vm.files().copy_archive_out(guest_path(path), &options)?;
-            let mut out = io::stdout().lock();
-            copy_stream(&mut archive, &mut out).context("cannot copy the archive")?;
-            return Ok(0);
+            archive::check_standard_output("")?;
+            let files = open(sm, vm, FileScope::Mounts, FileAccess::Read)?;
+            let mut from = files.copy_archive_out(guest_path(path), &options)?;
+            return archive::to_standard_output(|out| {
+                copy_stream(&mut from, out).context("cannot copy the archive")?;
+                Ok(files.close()?)
+            });
         }
         (Side::Vm { vm, path }, Side::Host(to)) => {
-            let vm = running(sm, vm)?;
-            vm.files().copy_out(guest_path(path), to, &options)?
+            let files = open(sm, vm, FileScope::Mounts, FileAccess::Read)?;
+            let copied = files.copy_out(guest_path(path), to, &options)?;
+            files.close()?;
+            copied
         }
         (Side::Stream, Side::Vm { vm, path }) => {
             if io::stdin().is_terminal() {
@@ -76,15 +76,17 @@ pub(crate) fn cp(sm: &Sm, args: &CpArgs, printer: &Printer) -> Result<u32, Failu
                 )
                 .into());
             }
-            let vm = running(sm, vm)?;
+            let files = open(sm, vm, FileScope::Mounts, FileAccess::Write)?;
             let input = io::stdin().lock();
-            vm.files()
-                .copy_archive_in(input, guest_path(path), &options)?;
+            files.copy_archive_in(input, guest_path(path), &options)?;
+            files.close()?;
             return Ok(0);
         }
         (Side::Host(from), Side::Vm { vm, path }) => {
-            let vm = running(sm, vm)?;
-            vm.files().copy_in(from, guest_path(path), &options)?
+            let files = open(sm, vm, FileScope::Mounts, FileAccess::Write)?;
+            let copied = files.copy_in(from, guest_path(path), &options)?;
+            files.close()?;
+            copied
         }
         (Side::Stream | Side::Host(_), Side::Stream | Side::Host(_)) => {
             return Err(anyhow!("one of the two paths has to be that of a VM: VM:PATH").into());
@@ -107,20 +109,17 @@ fn guest_path(path: &str) -> String {
     }
 }
 
-/// Finds a VM whose files can be accessed.
-fn running(sm: &Sm, query: &str) -> anyhow::Result<sm_runtime::Vm> {
-    let vm = sm.vm(query)?;
-    if !matches!(vm.state()?, VmState::Running) {
-        bail!(
-            "VM \"{0}\" is not running, and only a guest reads the disk with its files: start it \
-             first with \"sm start {0}\"",
-            vm.name()
-        );
-    }
-    Ok(vm)
+/// Opens the files of a VM, running or not.
+fn open(
+    sm: &Sm,
+    query: &str,
+    scope: FileScope,
+    access: FileAccess,
+) -> Result<OpenFiles, sm_runtime::Error> {
+    sm.vm(query)?.open_files(scope, access)
 }
 
-fn copy_stream(from: &mut impl io::Read, to: &mut impl io::Write) -> io::Result<()> {
+fn copy_stream(from: &mut dyn io::Read, to: &mut dyn io::Write) -> io::Result<()> {
     io::copy(from, to)?;
     to.flush()
 }
@@ -133,9 +132,9 @@ struct Difference {
 }
 
 pub(crate) fn diff(sm: &Sm, args: &DiffArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = running(sm, &args.vm)?;
+    let files = open(sm, &args.vm, FileScope::Root, FileAccess::Read)?;
     let mut all = Vec::new();
-    for change in vm.files().changes()? {
+    for change in files.changes()? {
         let change = change?;
         let path = String::from_utf8_lossy(&change.path.0).into_owned();
         if args.format.json() {
@@ -148,31 +147,32 @@ pub(crate) fn diff(sm: &Sm, args: &DiffArgs, printer: &Printer) -> Result<u32, F
             ChangeKind::Deleted => 'D',
             _ => 'C',
         };
-        printer.line(format_args!("{letter} {path}"));
+        if !printer.line_is_read(format_args!("{letter} {path}")) {
+            break;
+        }
     }
     if args.format.json() {
         printer.json(&all)?;
     }
+    files.close()?;
     Ok(0)
 }
 
 pub(crate) fn export(sm: &Sm, args: &ExportArgs) -> Result<u32, Failure> {
-    let vm = running(sm, &args.vm)?;
+    let open = || open(sm, &args.vm, FileScope::Root, FileAccess::Read);
     let Some(path) = &args.output else {
-        if io::stdout().is_terminal() {
-            return Err(anyhow!(
-                "an archive is not for a terminal: name a file with --output, or redirect \
-                 standard output"
-            )
-            .into());
-        }
-        let mut archive = vm.files().export()?;
-        copy_stream(&mut archive, &mut io::stdout().lock()).context("cannot write the archive")?;
-        return Ok(0);
+        archive::check_standard_output(" with --output")?;
+        let files = open()?;
+        let mut from = files.export()?;
+        return archive::to_standard_output(|out| {
+            copy_stream(&mut from, out).context("cannot write the archive")?;
+            Ok(files.close()?)
+        });
     };
     let cannot = || format!("cannot write {path:?}");
     let target = destination(path).with_context(cannot)?;
-    let mut archive = vm.files().export()?;
+    let files = open()?;
+    let mut archive = files.export()?;
     match target {
         Destination::Stream => {
             let file = std::fs::File::options().write(true).open(path);
@@ -185,11 +185,12 @@ pub(crate) fn export(sm: &Sm, args: &ExportArgs) -> Result<u32, Failure> {
             out.persist(&path).with_context(cannot)?;
         }
     }
+    files.close()?;
     Ok(0)
 }
 
 pub(crate) fn commit(sm: &Sm, args: &CommitArgs, printer: &Printer) -> Result<u32, Failure> {
-    let vm = running(sm, &args.vm)?;
+    let vm = sm.vm(&args.vm)?;
     // Invalid instructions must not pause the VM.
     change::apply(&args.change, &mut Default::default())?;
     let processes = match args.pause {

@@ -35,6 +35,17 @@ impl Record {
         Ok(exists(&self.directory.join(CREATED))? || exists(&self.directory.join(PRIOR_CREATED))?)
     }
 
+    /// Returns true if the record shows that no process runs the VM.
+    pub(super) fn is_idle(&self) -> bool {
+        self.has_ended() || self.is_accessed()
+    }
+
+    /// Returns true if a process that holds the lock, as the caller has seen under the
+    /// registry's lock, only accesses the files of a VM that was never started.
+    pub(super) fn is_accessed(&self) -> bool {
+        exists(&self.directory.join(CREATED)).unwrap_or(false)
+    }
+
     /// Returns the exit record of a VM whose next start was interrupted.
     pub(super) fn interrupted_exit(&self) -> Result<Option<ExitRecord>, RecordError> {
         read_json(&self.directory.join(PRIOR_EXIT))
@@ -95,22 +106,38 @@ impl Records {
     /// # Errors
     /// The record was removed, or its files cannot be used.
     pub(crate) fn claim(&self, record: &Record) -> Result<Option<(Record, fs::File)>, RecordError> {
+        self.claim_idle(record, Record::leave_idle)
+    }
+
+    /// Takes the lock of a VM without a process; returns it with the record as it is now, or
+    /// `None` if there is a process. `prepare` is called before the lock of all records is
+    /// released.
+    pub(super) fn claim_idle(
+        &self,
+        record: &Record,
+        prepare: impl FnOnce(&Record) -> Result<(), RecordError>,
+    ) -> Result<Option<(Record, fs::File)>, RecordError> {
         loop {
             // A VM that has ended releases its lock within moments.
             if record.has_ended() {
-                drop(record.try_lock(FlockOperation::LockShared)?);
+                record.wait_until_free()?;
             }
-            let _registry = registry_lock(&self.directory)?;
+            let registry = registry_lock(&self.directory)?;
             // The record may have another name by now, or other labels.
             let record = self.reread(record)?;
             if record
                 .try_lock(FlockOperation::NonBlockingLockShared)?
                 .is_none()
             {
-                match record.has_ended() {
-                    true => continue,
-                    false => return Ok(None),
+                if record.has_ended() {
+                    continue;
                 }
+                if !record.is_accessed() {
+                    return Ok(None);
+                }
+                drop(registry);
+                record.wait_until_free()?;
+                continue;
             }
             let lock = record.lock_for_a_start()?;
             record.return_to_idle()?;
@@ -120,7 +147,7 @@ impl Records {
                 .mode(0o700)
                 .create(&record.sockets)
                 .map_err(io_error("create", &record.sockets))?;
-            record.leave_idle()?;
+            prepare(&record)?;
             return Ok(Some((record, lock)));
         }
     }

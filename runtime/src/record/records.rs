@@ -1,6 +1,6 @@
 //! All records of a user: names, look-up, and clean-up after dead VMs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -14,7 +14,7 @@ use sm_control::with_causes;
 
 use super::files::{dir_names, read_config, read_name, remove_tree};
 use super::{
-    CONFIG, CONSOLE, CREATED, EXIT, ExitRecord, LOCK, Record, RecordError, VmConfig, bury,
+    CONFIG, CONSOLE, CREATED, EXIT, ExitRecord, LOCK, Record, RecordError, SOCKETS, VmConfig, bury,
     io_error, is_vanishing, try_lock,
 };
 use crate::events::{EventAction, EventLog};
@@ -262,6 +262,7 @@ impl Records {
             sockets: self.sockets.join(config.id.short()),
             config,
             start: None,
+            names: SOCKETS,
             events: self.events.clone(),
         }
     }
@@ -448,20 +449,62 @@ impl Records {
                 note(remove_tree(&self.directory.join(name)));
             }
         }
-        for record in &self.read_all(true)?.0 {
-            let lock = record.try_lock(FlockOperation::NonBlockingLockShared);
-            if let Ok(Some(_lock)) = lock {
-                note(clean_up(record));
+        let ids: Vec<VmId> = names.iter().filter_map(|name| VmId::parse(name)).collect();
+        let sockets: HashSet<String> = dir_names(&self.sockets)?.into_iter().collect();
+        for id in &ids {
+            let directory = self.directory.join(id.as_str());
+            if !sockets.contains(id.short()) && is_settled(&directory) {
+                continue;
+            }
+            if let Ok(Some(read)) = read_config(&directory.join(CONFIG))
+                && read.config.id == *id
+            {
+                clean_up_if_dead(&self.stored(read));
             }
         }
         // Sockets of a VM with a damaged record stay.
-        let ids: Vec<VmId> = names.iter().filter_map(|name| VmId::parse(name)).collect();
-        for name in dir_names(&self.sockets)? {
-            if !ids.iter().any(|id| id.short() == name) {
+        let known: HashSet<&str> = ids.iter().map(VmId::short).collect();
+        for name in sockets {
+            if !known.contains(name.as_str()) {
                 note(remove_tree(&self.sockets.join(name)));
             }
         }
         Ok(())
+    }
+
+    /// Cleans up like [`Self::sweep`], and returns the records that are left, newest first,
+    /// and the damaged ones.
+    ///
+    /// # Errors
+    /// The directories cannot be read.
+    pub(crate) fn swept(&self) -> Result<(Vec<Record>, Vec<Damaged>), RecordError> {
+        if let Err(error) = self.sweep() {
+            tracing::warn!(%error, "cannot clean up after VMs");
+        }
+        let (records, damaged) = self.read_all(true)?;
+        // Among those that a sweep passes over are records that were to be removed.
+        let (gone, left): (Vec<_>, Vec<_>) = records.into_iter().partition(Record::is_vanishing);
+        if !gone.is_empty() {
+            let _registry = registry_lock(&self.directory)?;
+            gone.iter().for_each(clean_up_if_dead);
+        }
+        Ok((left, damaged))
+    }
+}
+
+/// Returns true if a record shows that its VM is idle, so that there is nothing to clean up
+/// unless it has sockets, or was to be removed. Only this much is read of most records.
+fn is_settled(directory: &Path) -> bool {
+    [EXIT, CREATED]
+        .iter()
+        .any(|name| directory.join(name).exists())
+}
+
+/// Cleans up after a VM if no process has its lock. The caller holds the registry's lock.
+fn clean_up_if_dead(record: &Record) {
+    let lock = record.try_lock(FlockOperation::NonBlockingLockShared);
+    if let Ok(Some(_lock)) = lock {
+        note(clean_up(record));
     }
 }
 
@@ -483,7 +526,7 @@ fn check_name(name: &str, id: &VmId, used: &[(VmId, String)]) -> Result<(), Reco
 }
 
 /// Cleans up after a VM that is dead, or was never started.
-fn clean_up(record: &Record) -> Result<(), RecordError> {
+pub(super) fn clean_up(record: &Record) -> Result<(), RecordError> {
     // The start was interrupted before the VM's process took over.
     record.return_to_idle()?;
     if record.is_created()? {

@@ -146,6 +146,37 @@ fn sweeping_cleans_up_after_dead_vms_only() {
     );
 }
 
+/// Its process was killed when it was about to remove the record, and the host was started
+/// anew: there are no sockets.
+#[test]
+fn a_listing_removes_the_record_of_a_vm_that_was_to_be_removed() {
+    let f = fixture();
+    let (kept, kept_lock) = f.create(Some("kept")).unwrap();
+    let created = f.records.create(&named(Some("gone")), |id, name| {
+        Ok(removing_itself(id, name))
+    });
+    let (gone, gone_lock) = created.unwrap();
+    for record in [&kept, &gone] {
+        std::fs::write(record.directory().join(CONSOLE), b"").unwrap();
+        record.write_exit(&exit(3)).unwrap();
+        record.remove_sockets().unwrap();
+    }
+    // As long as a process is there, it does this.
+    let names = |records: &Records| {
+        let (left, damaged) = records.swept().unwrap();
+        assert!(damaged.is_empty());
+        let names = left.into_iter().map(|record| record.config.name);
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(names(&f.records), ["kept"]);
+    assert!(gone.directory().exists());
+    let_go(kept_lock);
+    let_go(gone_lock);
+    assert_eq!(names(&f.records), ["kept"]);
+    assert!(!gone.directory().exists());
+    assert_eq!(kept.state().unwrap(), VmState::Exited(exit(3)));
+}
+
 #[test]
 fn waiting_ends_when_the_lock_is_released() {
     let f = fixture();

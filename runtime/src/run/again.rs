@@ -145,7 +145,7 @@ fn launch_again(
 
 /// Returns the start source, and the image in the store, which stays there as long as the
 /// value lives.
-fn source(
+pub(super) fn source(
     sm: &Sm,
     record: &Record,
     source: &SettingsSourceV1,

@@ -43,6 +43,8 @@ pub enum RootStorage {
     },
 }
 
+/// Capacity of the default disk for changes to a root, in bytes.
+pub(super) const DEFAULT_ROOT_DISK: u64 = 64 << 30;
 /// Smallest disk for changes to a root, in bytes.
 pub const MIN_ROOT_DISK: u64 = 64 << 20;
 /// Largest disk for changes to a root, in bytes.
@@ -51,7 +53,9 @@ pub const MAX_ROOT_DISK: u64 = 8 << 40;
 impl Default for RootStorage {
     /// A disk of 64 GiB.
     fn default() -> Self {
-        Self::Disk { bytes: 64 << 30 }
+        Self::Disk {
+            bytes: DEFAULT_ROOT_DISK,
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub use clone::{Forked, Snapshot};
 pub use proof::{IdentityReport, Proof, SharedValue, VmIdentityReport};
 use serde::{Serialize, Serializer};
+use sm_control::config::SettingsSourceV1;
 pub use sm_snapshot::Error as SnapshotError;
 use sm_snapshot::chain::Chain;
 use sm_snapshot::contents;
@@ -20,13 +21,14 @@ pub use sm_snapshot::contents::Difference;
 pub use sm_snapshot::cpu::CpuFeatures;
 use sm_snapshot::flat;
 pub use sm_snapshot::manifest::{DeviceEntry, Layer, Manifest, MemoryEntry, ParentRef, StateEntry};
-use sm_snapshot::store::SnapshotStore;
+use sm_snapshot::store::{A_MACHINE, SnapshotStore};
 pub use sm_snapshot::verify::VerifiedSnapshot;
 use sm_vmm::IMAGE_LABEL;
 pub use sm_vmm::disks::VerifiedDisks;
 pub use sm_vmm::saved::SavedShare;
 
 use crate::events::{EventAction, EventLog, EventRecord, EventSubject};
+use crate::record::{Record, Records, VmState};
 use crate::sm::Sm;
 use crate::{Error, OptionError};
 
@@ -212,11 +214,32 @@ impl Snapshots {
     /// # Errors
     /// The snapshot does not exist, or is in use.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
-        self.store().remove(name)?;
+        let removed = self.store().remove(name);
+        removed.map_err(|error| self.with_user(error))?;
         let (subject, action) = (EventSubject::Snapshot, EventAction::Remove);
         let event = EventRecord::now(subject, action, name, name);
         EventLog::of(self.sm.home()).note(&event);
         Ok(())
+    }
+
+    /// Replaces the machine that uses a snapshot, of which the store knows no more, by the name
+    /// of a VM that continues it.
+    fn with_user(&self, error: sm_snapshot::Error) -> Error {
+        let sm_snapshot::Error::InUse { name, user } = error else {
+            return error.into();
+        };
+        let continues = |record: &Record| {
+            let source = record.start_settings().map(|settings| &settings.source);
+            let of_it = matches!(source, Some(SettingsSourceV1::Snapshot(other)) if *other == name);
+            of_it && matches!(record.state(), Ok(VmState::Running))
+        };
+        let records = Records::open(self.sm.home()).and_then(|records| records.list());
+        let records = records.unwrap_or_default();
+        let user = match records.into_iter().find(continues) {
+            Some(vm) if user == A_MACHINE => format!("VM \"{}\"", vm.config().name),
+            _ => user,
+        };
+        sm_snapshot::Error::InUse { name, user }.into()
     }
 
     /// Starts `count` clones of a snapshot, and gets an identity report from each before

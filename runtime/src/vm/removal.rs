@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sm_control::launch::ControlCall;
+use sm_control::{Control, ControlError};
 
 use super::Vm;
 use crate::Error;
-use crate::record::{RecordError, VmState};
+use crate::record::{Record, RecordError, VmState};
 
 /// Time that a VMM has to destroy its VM on request, before it is killed.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,7 +35,10 @@ impl Vm {
         // A damaged record does not count as a running VM.
         let alive = |state| matches!(state, Ok(VmState::Running | VmState::Restarting(_)));
         if force && alive(self.record.state()) {
-            self.destroy()?;
+            self.destroy(&self.record)?;
+        } else if force {
+            // An access to its files does not keep it.
+            self.destroy(&self.record.for_file_access())?;
         }
         match self.record.remove() {
             // An ephemeral VM removed itself when it exited.
@@ -53,13 +57,14 @@ impl Vm {
         self.sm.volumes().remove_anonymous_of(&self.record)
     }
 
-    fn destroy(&mut self) -> Result<(), Error> {
-        let mut control = match self.control() {
+    /// Ends the process with the sockets of `record`, and waits for its end.
+    fn destroy(&self, record: &Record) -> Result<(), Error> {
+        let mut control = match Control::connect(&record.control_endpoint()) {
             Ok(control) => control,
             // The VM is starting or exiting; the lock of its record is released at its
             // end.
-            Err(Error::NotRunning(_)) => return Ok(self.record.wait_until_unlocked()?),
-            Err(error) => return Err(error),
+            Err(ControlError::NotRunning(_)) => return Ok(record.wait_until_unlocked()?),
+            Err(error) => return Err(error.into()),
         };
         let operation = "end the VM's process";
         let vmm = |source: io::Error| Error::Vmm { operation, source };
@@ -82,6 +87,6 @@ impl Vm {
             tracing::warn!(vm = self.name(), "killing a VMM that does not answer");
             pidfd_send_signal(&process, Signal::KILL).map_err(|e| vmm(e.into()))?;
         }
-        Ok(self.record.wait_until_unlocked()?)
+        Ok(record.wait_until_unlocked()?)
     }
 }

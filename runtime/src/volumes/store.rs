@@ -13,13 +13,14 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sm_control::id::{hex, is_valid_name, random};
-use sm_vmm::disks::{DiskDirectory, Templates};
+use sm_vmm::disks::{DiskDirectory, Templates, writer};
 
 use super::{
     DEFAULT_VOLUME_BYTES, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, Volume, VolumeError, VolumeKind,
     VolumeOptions, tree,
 };
 use crate::home::Home;
+use crate::record::name_of;
 
 const DESCRIPTION: &str = "volume.json";
 const LOCK: &str = "lock";
@@ -83,6 +84,8 @@ fn remove_tree(path: &Path) -> Result<(), VolumeError> {
 
 pub(super) struct VolumeStore {
     directory: PathBuf,
+    /// The directory of the records of VMs.
+    vms: PathBuf,
     templates: Templates,
 }
 
@@ -136,6 +139,7 @@ impl VolumeStore {
         create_directory(&directory, true)?;
         Ok(Self {
             directory,
+            vms: home.vms(),
             templates: Templates::new(home.data()),
         })
     }
@@ -158,7 +162,7 @@ impl VolumeStore {
             Ok(Some(file)) => Ok(file),
             Ok(None) => Err(VolumeError::InUse {
                 name: name.to_owned(),
-                by: holder(&path),
+                by: holder(&path, &self.vms),
             }),
             Err(VolumeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 Err(VolumeError::NotFound(name.to_owned()))
@@ -466,9 +470,9 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-/// The name of the VM that holds a lock exclusively, which it has written there.
-fn holder(path: &Path) -> Option<String> {
-    let text = fs::read_to_string(path).ok()?;
-    let name = text.lines().next()?;
-    is_valid_name(name).then(|| name.to_owned())
+/// Returns the present name of the VM that holds a lock exclusively, which it has noted there.
+fn holder(path: &Path, vms: &Path) -> Option<String> {
+    let (name, id) = writer(path)?;
+    let now = id.and_then(|id| name_of(vms, &id));
+    Some(now.unwrap_or(name))
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use sm_control::id::{VmId, is_valid_name};
 use sm_vmm_core::virtio::layered::LayeredDisk;
 
 use super::{DiskDirectory, DiskError, io_error};
@@ -29,11 +30,19 @@ pub(crate) struct UsedVolume {
     pub(crate) lock: File,
 }
 
+/// A VM that writes to a volume, as the lock file names it: by its name on one line and its
+/// identifier, which stays when the VM gets another name, on the next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VolumeWriter<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) id: &'a str,
+}
+
 /// The use of a volume.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum VolumeUse<'a> {
-    /// The VM of this name writes to it.
-    Write(&'a str),
+    /// A VM writes to it.
+    Write(&'a VolumeWriter<'a>),
     /// The VM reads it. Its own changes, which a file system makes although it is mounted for
     /// reading, go to a disk in this directory, which is created.
     Read(&'a DiskDirectory),
@@ -111,7 +120,7 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
             }
             // For messages to those who want it, too.
             lock.set_len(0)
-                .and_then(|()| lock.write_all(vm.as_bytes()))
+                .and_then(|()| write!(lock, "{}\n{}", vm.name, vm.id))
                 .map_err(io_error("write", &path))?;
             let disk = directory.open()?;
             Ok(Some(UsedVolume {
@@ -146,9 +155,12 @@ pub(crate) fn open(volume: &Path, how: VolumeUse<'_>) -> Result<Option<UsedVolum
     }
 }
 
-/// Returns the name of the VM that writes to the volume in `volume`, if it is known.
-pub(crate) fn writer(volume: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(volume.join("lock")).ok()?;
-    let name = text.lines().next()?;
-    sm_control::id::is_valid_name(name).then(|| name.to_owned())
+/// Returns the VM that writes to a volume, or has last written to it, by the volume's lock
+/// file: its name at the start of that, and its identifier if the file has it.
+#[must_use]
+pub fn writer(lock: &Path) -> Option<(String, Option<VmId>)> {
+    let text = std::fs::read_to_string(lock).ok()?;
+    let mut lines = text.lines();
+    let name = lines.next().filter(|name| is_valid_name(name))?;
+    Some((name.to_owned(), lines.next().and_then(VmId::parse)))
 }

@@ -20,7 +20,7 @@ pub(super) fn changes(
     plan: &StartPlan,
     events: EventSender,
 ) -> Result<WritableDisk, String> {
-    let directory = DiskDirectory::new(record.directory(), SLOT_DATA_DISK);
+    let directory = DiskDirectory::of_root(record.directory());
     let insertion = match (&plan.source, plan.restored()) {
         (ResolvedSource::Snapshot { saved, .. }, Some(Layer::Image | Layer::App)) => {
             match saved.disk(SLOT_DATA_DISK) {

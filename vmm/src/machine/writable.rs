@@ -16,7 +16,7 @@ use thiserror::Error;
 use super::merging::MergePlan;
 use crate::capturing::FrozenDisk;
 use crate::disks::merging;
-use crate::disks::volume::{self, VolumeUse};
+use crate::disks::volume::{self, VolumeUse, VolumeWriter};
 use crate::disks::{DiskDirectory, DiskError, Templates};
 use crate::environment::VmRecord;
 
@@ -108,6 +108,7 @@ impl WritableDisk {
         end: DiskEnd,
         no_space: impl Fn() + Send + 'static,
     ) -> Self {
+        let is_empty = matches!(insertion, Insertion::Never);
         let (now, waiting, restored) = match insertion {
             Insertion::Never => (Disk::empty(), None, None),
             Insertion::Later(disk) => (Disk::empty(), Some(disk), None),
@@ -124,6 +125,10 @@ impl WritableDisk {
             .queue_size(queue)
             .ignore_flushes(end == DiskEnd::Removed)
             .hold_without_space(no_space);
+        let block = match is_empty {
+            true => block.without_doorbells(),
+            false => block,
+        };
         Self {
             slot,
             block: Arc::new(Mutex::new(block)),
@@ -154,16 +159,24 @@ impl WritableDisk {
             let end = DiskEnd::of_record(config);
             return Ok(Self::new(slot, own, Insertion::Later(disk), end, no_space));
         };
+        let writer = VolumeWriter {
+            name: &config.name,
+            id: config.id.as_str(),
+        };
         let (how, access) = match mount.read_only {
             true => (VolumeUse::Read(&own), VolumeAccess::Read),
-            false => (VolumeUse::Write(&config.name), VolumeAccess::Write),
+            false => (VolumeUse::Write(&writer), VolumeAccess::Write),
         };
         let name = mount.name;
         let used = volume::open(directory, how)
             .map_err(|error| format!("cannot use volume \"{name}\": {}", with_causes(&error)))?;
         let Some(used) = used else {
-            let by = volume::writer(directory);
-            let by = by.map_or_else(String::new, |vm| format!(" by VM \"{vm}\""));
+            let by = volume::writer(&directory.join("lock")).map(|(name, id)| {
+                // It may have another name by now.
+                let now = id.and_then(|id| record.name_of(&id));
+                format!(" by VM \"{}\"", now.unwrap_or(name))
+            });
+            let by = by.unwrap_or_default();
             return Err(format!(
                 "volume \"{name}\" is in use{by}: one VM at a time can write to a volume, \
                  and nobody can read it meanwhile"

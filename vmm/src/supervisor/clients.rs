@@ -257,6 +257,9 @@ impl<G: GuestMachine> Supervisor<G> {
             self.cancel();
             return;
         }
+        if is_launcher && self.accesses_files() {
+            return self.end_file_access();
+        }
         // A client that disconnects without ending its input ends it by that, or detaches
         // if the workload has a terminal.
         let ClientRole::Attached { stdin: true, .. } = role else {

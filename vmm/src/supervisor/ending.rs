@@ -89,6 +89,7 @@ impl<G: GuestMachine> Supervisor<G> {
             SupervisorStage::Resetting(_) => {
                 self.destroy("it was stopped before its workload ran again")
             }
+            SupervisorStage::Running(_) if self.accesses_files() => self.end_file_access(),
             SupervisorStage::Running(_) => {
                 // A paused workload could not handle its signal.
                 if let Err(error) = self.resume_vcpus() {

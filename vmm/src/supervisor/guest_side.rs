@@ -384,6 +384,9 @@ impl<G: GuestMachine> Supervisor<G> {
     }
 
     fn request_workload(&mut self) {
+        if self.accesses_files() {
+            return self.files_are_ready();
+        }
         let Some(main) = &mut self.main else {
             return;
         };

@@ -21,7 +21,9 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use sm_control::config::{HealthCheck, RestartPolicy, VmConfig};
 use sm_control::id::VmId;
-use sm_control::launch::{ImageSource, LaunchRequest, Paging, RestartProgress, StartSource};
+use sm_control::launch::{
+    ImageSource, LaunchPurpose, LaunchRequest, Paging, RestartProgress, StartSource,
+};
 use sm_control::session::{Event, Session};
 use sm_control::workload::Workload;
 use sm_control::{Control, Endpoint};
@@ -90,6 +92,8 @@ pub struct SupervisorSetup {
     pub(crate) health_retries: Option<u32>,
     /// Milliseconds of the wait before this run, if a restart policy has started it.
     pub(crate) restarted: Option<u64>,
+    /// The purpose of the start.
+    pub(crate) purpose: LaunchPurpose,
 }
 
 impl SupervisorSetup {
@@ -115,6 +119,17 @@ impl SupervisorSetup {
     #[must_use]
     pub fn restart(self, restart: RestartPolicy) -> Self {
         Self { restart, ..self }
+    }
+
+    /// Makes the start one for access to the files of an idle VM.
+    #[must_use]
+    pub fn files(self) -> Self {
+        Self {
+            purpose: LaunchPurpose::Files,
+            existing: true,
+            detached: true,
+            ..self
+        }
     }
 
     /// Makes the run one that a restart policy has started after this wait.
@@ -187,6 +202,7 @@ pub(crate) fn not_running<R: VmRecord + Clone + 'static>(
         run: PathBuf::new(),
         cache: PathBuf::new(),
         config: config.into(),
+        purpose: setup.purpose,
         cmdline: String::new(),
         source: match setup.identity_report {
             true => StartSource::IdentityReport("warm".to_owned()),
@@ -369,6 +385,26 @@ impl<R> Fixture<R> {
                     assert!(warned, "before it runs");
                     assert_eq!(pid, 42);
                     return (agent, main);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Plays the agent of a machine for access to files until it is ready. Returns the
+    /// agent's control connection, and the one that no workload uses.
+    ///
+    /// # Panics
+    /// The supervisor sends something else.
+    pub fn start_for_files(&mut self) -> (FramedPeer, FramedPeer) {
+        let peers = self.boot_to_root();
+        let session = self.launcher.as_mut().unwrap();
+        loop {
+            match session.next_event().unwrap().unwrap() {
+                Event::Phase(_) | Event::Warning(_) => {}
+                Event::Started { pid } => {
+                    assert_eq!(pid, 0, "no workload runs");
+                    return peers;
                 }
                 other => panic!("{other:?}"),
             }

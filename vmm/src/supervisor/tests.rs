@@ -4,6 +4,7 @@ mod clients;
 mod clock;
 mod ends;
 mod ephemeral;
+mod file_access;
 mod health;
 mod held;
 mod host_changes;

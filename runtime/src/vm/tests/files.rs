@@ -9,7 +9,8 @@ use sm_tar::TarWriter;
 
 use super::*;
 use crate::files::{CopyOptions, FilesError, Links, WriteOptions};
-use crate::{ErrorKind, Refusal};
+use crate::record::{Draft, FileAccessRecord};
+use crate::{ErrorKind, RecordError, Refusal};
 
 /// Serves one operation for each function.
 fn agent(vm: &Supervised, answers: Vec<fn(FileOperation, &mut FramedPeer)>) -> JoinHandle<()> {
@@ -189,4 +190,115 @@ fn files_of_a_paused_vm_are_refused() {
     vm.resume().unwrap();
     main.exit(0);
     f.vm.finish();
+}
+
+/// Plays the process of a machine for the files of an idle VM.
+fn access(vm: &Vm) -> testing::Fixture<FileAccessRecord> {
+    let records = Records::open(vm.sm().home()).unwrap();
+    let claimed = records.claim_files(vm.record()).unwrap();
+    let (record, lock) = claimed.expect("it is idle");
+    let config = record.config().clone();
+    let setup = SupervisorSetup::default().files();
+    testing::fixture(FileAccessRecord(record), config, lock, setup)
+}
+
+/// Accesses the files of an idle VM: nobody notices, and starts and removals wait.
+fn check_access(vm: &mut Vm) {
+    let events = |vm: &Vm| {
+        let query = EventQuery::new().since(0);
+        let mut log = vm.sm().events(query).unwrap();
+        std::iter::from_fn(|| log.next_event().unwrap()).count()
+    };
+    let records = Records::open(vm.sm().home()).unwrap();
+    let (state, before) = (vm.state().unwrap(), events(vm));
+    let mut machine = access(vm);
+    let (mut agent, _main) = machine.start_for_files();
+    assert_eq!(vm.state().unwrap(), state);
+    records.sweep().unwrap();
+    assert_eq!(vm.state().unwrap(), state);
+    assert!(vm.control().is_err(), "clients find no running VM");
+    vm.stop(None).unwrap();
+    if let VmState::Exited(exit) = &state {
+        assert_eq!(vm.wait().unwrap(), *exit);
+    }
+    let is_in_use = |error: &RecordError| matches!(error, RecordError::FilesInUse(_));
+    for refused in [
+        records.claim(vm.record()).map(drop),
+        records.claim_files(vm.record()).map(drop),
+        vm.record().remove(),
+    ] {
+        let error = refused.unwrap_err();
+        assert!(is_in_use(&error), "{error}");
+    }
+    // A start that waits goes on when the access ends.
+    let waiting = {
+        let (records, record) = (records.clone(), vm.record().clone());
+        std::thread::spawn(move || {
+            loop {
+                match records.claim(&record) {
+                    Err(RecordError::FilesInUse(_)) => {}
+                    claimed => break claimed.unwrap(),
+                }
+            }
+        })
+    };
+    drop(machine.launcher.take());
+    let request = agent.receive_json(FrameType::Control);
+    assert!(matches!(request, ControlRequest::PowerOff { .. }));
+    drop(agent);
+    machine.finish();
+    let (record, lock) = waiting.join().unwrap().expect("it is idle");
+    // It is not started after all.
+    record.return_to_idle().unwrap();
+    drop(lock);
+    assert_eq!(vm.state().unwrap(), state);
+    assert_eq!(events(vm), before, "there is no event");
+}
+
+#[test]
+fn files_of_an_idle_vm_are_accessed_and_nothing_else_changes() {
+    let mut f = fixture(SupervisorSetup::default().detached());
+    let (_agent, mut main) = f.vm.start();
+    main.exit(3);
+    f.vm.finish();
+    check_access(&mut f.find());
+}
+
+#[test]
+fn files_of_a_vm_that_was_never_started_are_accessed() {
+    let directory = tempfile::tempdir().unwrap();
+    let sm = sm_in(directory.path());
+    let draft = Draft {
+        name: Some("vm".to_owned()),
+        idle: true,
+        ..Draft::default()
+    };
+    let setup = SupervisorSetup::default();
+    let records = Records::open(sm.home()).unwrap();
+    let created = records.create(&draft, |id, name| Ok(setup.config(id, name)));
+    drop(created.unwrap());
+    check_access(&mut sm.vm("vm").unwrap());
+}
+
+/// Its process was killed, and nobody has noticed.
+#[test]
+fn a_vm_that_was_lost_does_not_seem_to_run_while_its_files_are_accessed() {
+    let directory = tempfile::tempdir().unwrap();
+    let sm = sm_in(directory.path());
+    let draft = Draft {
+        name: Some("vm".to_owned()),
+        ..Draft::default()
+    };
+    let setup = SupervisorSetup::default();
+    let records = Records::open(sm.home()).unwrap();
+    let created = records.create(&draft, |id, name| Ok(setup.config(id, name)));
+    let (record, lock) = created.unwrap();
+    std::fs::write(record.directory().join("console.log"), b"").unwrap();
+    drop(lock);
+    let vm = sm.vm("vm").unwrap();
+    let (claimed, _lock) = records.claim_files(vm.record()).unwrap().expect("idle");
+    assert!(claimed.control_socket() != record.control_socket());
+    assert!(
+        matches!(vm.state().unwrap(), VmState::Exited(exit) if exit.reason == ExitReason::Lost)
+    );
 }
