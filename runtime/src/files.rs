@@ -6,7 +6,6 @@
 //! [`Vm::files`] has those of a running VM, [`Vm::open_files`] those of any: for a VM that is
 //! stopped, a machine is started that runs no workload.
 
-mod access;
 mod copy;
 mod error;
 mod stream;
@@ -18,7 +17,6 @@ use sm_guest_proto::container::ContainerId;
 pub use sm_guest_proto::files::{ChangeKind, FileChange, FileStat, FileType};
 use sm_guest_proto::files::{FileOperation, FileRequest, PathBytes, WriteFile};
 
-pub use self::access::{FileAccess, FileScope, OpenFiles};
 pub use self::copy::{Copied, CopyOptions};
 pub use self::error::FilesError;
 pub use self::stream::{GuestLines, GuestReader};
@@ -101,6 +99,27 @@ pub enum Processes {
     Pause,
 }
 
+/// The files that an access reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FileScope {
+    /// Those of the root. Mounts of a VM that is not running are not needed.
+    Root,
+    /// Those of volumes and directories of the host as well. A VM that is not running must
+    /// be able to mount them; a clone of a snapshot has none of them then.
+    Mounts,
+}
+
+/// The operations of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FileAccess {
+    /// They read files.
+    Read,
+    /// They also create, change or remove some.
+    Write,
+}
+
 impl Vm {
     /// Returns the files of the VM.
     #[must_use]
@@ -110,7 +129,8 @@ impl Vm {
 }
 
 impl Files {
-    fn of(record: &Record) -> Self {
+    /// Returns the files of a VM with the sockets of `record`.
+    pub(crate) fn of(record: &Record) -> Self {
         Self {
             record: record.clone(),
             container: ContainerId::default(),

@@ -78,7 +78,7 @@ pub use record::{
 };
 pub use run::{
     DEFAULT_CPUS, DEFAULT_MEMORY, HealthOptions, MAX_ROOT_DISK, MIN_MEMORY, MIN_ROOT_DISK,
-    RootStorage, RunOptions, StartOptions,
+    OpenFiles, RootStorage, RunOptions, StartOptions,
 };
 pub use sm::{Sm, SmBuilder};
 #[doc(no_inline)]

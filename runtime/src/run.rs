@@ -35,12 +35,13 @@ use crate::{Error, StartError, volumes};
 mod again;
 mod files_machine;
 mod health;
+mod open_files;
 mod options;
 mod reporting;
 
 pub use self::again::StartOptions;
-pub(crate) use self::files_machine::FilesMachine;
 pub use self::health::HealthOptions;
+pub use self::open_files::OpenFiles;
 pub(crate) use self::options::DEFAULT_STOP_TIMEOUT;
 pub use self::options::{
     DEFAULT_CPUS, DEFAULT_MEMORY, MAX_ROOT_DISK, MIN_MEMORY, MIN_ROOT_DISK, RootStorage, RunOptions,

@@ -6,12 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow};
 use serde::Serialize;
-use sm_runtime::Sm;
 use sm_runtime::commit::CommitOptions;
-use sm_runtime::files::{
-    ChangeKind, Copied, CopyOptions, FileAccess, FileScope, OpenFiles, Processes,
-};
+use sm_runtime::files::{ChangeKind, Copied, CopyOptions, FileAccess, FileScope, Processes};
 use sm_runtime::image::{Progress, PullOptions};
+use sm_runtime::{OpenFiles, Sm};
 
 use super::archive::{self, Destination, change, destination};
 use crate::args::{CommitArgs, CpArgs, DiffArgs, ExportArgs};

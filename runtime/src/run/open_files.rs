@@ -6,32 +6,11 @@
 
 use std::ops::Deref;
 
-use super::Files;
+use super::files_machine::FilesMachine;
 use crate::Error;
+use crate::files::{FileAccess, FileScope, Files};
 use crate::record::VmState;
-use crate::run::FilesMachine;
 use crate::vm::Vm;
-
-/// The files that an access reaches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FileScope {
-    /// Those of the root. Mounts of a VM that is not running are not needed.
-    Root,
-    /// Those of volumes and directories of the host as well. A VM that is not running must
-    /// be able to mount them; a clone of a snapshot has none of them then.
-    Mounts,
-}
-
-/// The operations of an access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FileAccess {
-    /// They read files.
-    Read,
-    /// They also create, change or remove some.
-    Write,
-}
 
 /// The files of a VM, running or not; see [`Vm::open_files`].
 #[derive(Debug)]
