@@ -17,6 +17,7 @@
 //! | `dns` | the guest's name server |
 //! | `fragments` | packets that come in parts |
 //! | `output`, `answers` | frames for the guest |
+//! | `rate`, `capture` | limits of bytes in a second; frames in a file |
 //! | `store`, `table`, `sequence` | bytes and flows |
 //!
 //! Architecture invariants: memory is bounded by [`EngineLimits`] and constants, whatever guest
@@ -25,6 +26,7 @@
 
 mod answers;
 mod backend;
+mod capture;
 mod config;
 mod dns;
 mod echo;
@@ -36,6 +38,7 @@ mod handle;
 mod journal;
 mod link;
 mod output;
+mod rate;
 mod sequence;
 mod socket;
 mod stats;
@@ -57,7 +60,8 @@ use self::flow::{DNS_PORT, FlowKey, TokenKind, parse_token, token};
 use self::fragments::Fragments;
 use self::handle::Control;
 use self::journal::Journal;
-use self::output::{Framer, Output};
+use self::output::{Framer, Output, end_capture};
+use self::rate::Rates;
 use self::tcp::TcpFlows;
 use self::turn::Turn;
 use self::udp::UdpFlows;
@@ -68,6 +72,7 @@ use crate::wire::{
 };
 
 pub use self::backend::EngineBackend;
+pub use self::capture::FrameCapture;
 pub use self::config::{EngineConfig, EngineLimits, NameServers};
 pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol, RefusalReason};
 pub use self::events::{
@@ -75,6 +80,7 @@ pub use self::events::{
 };
 pub use self::handle::EngineHandle;
 pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
+pub use self::rate::NetRate;
 pub use self::stats::EngineStats;
 
 /// Visits of flows until other handlers of the event loop have their turn.
@@ -99,6 +105,8 @@ pub struct NetEngine {
     fragments_timer: Option<Timer>,
     control: Control,
     journal: Journal,
+    rates: Rates,
+    capture: Option<FrameCapture>,
     /// Ethernet address of the guest, from its frames.
     guest: MacAddress,
 }
@@ -131,6 +139,8 @@ impl NetEngine {
             fragments_timer: None,
             control,
             journal: Journal::new(),
+            rates: Rates::default(),
+            capture: None,
             guest: MacAddress::BROADCAST,
         }
     }
@@ -145,6 +155,18 @@ impl NetEngine {
     /// Sets the receiver of events, which is called on the engine's thread.
     pub fn set_event_sink(&mut self, sink: EventSink) {
         self.journal.set_sink(sink);
+    }
+
+    /// Limits the bytes of the guest in a second, and those for it.
+    pub fn set_rate(&mut self, rate: NetRate) {
+        self.rates.set(rate, Instant::now());
+    }
+
+    /// Writes all frames to a file from now on, or ends that.
+    pub fn set_capture(&mut self, capture: Option<FrameCapture>) {
+        if let Some(mut ended) = std::mem::replace(&mut self.capture, capture) {
+            let _ = ended.flush();
+        }
     }
 
     /// Returns true for tokens of an engine's descriptors and timers.
@@ -172,6 +194,7 @@ impl NetEngine {
             stats: &mut self.stats,
             answers: &mut self.answers,
             journal: &mut self.journal,
+            rates: &mut self.rates,
             registry,
             guest: self.guest,
             now,
@@ -192,6 +215,11 @@ impl NetEngine {
         self.apply(registry);
         self.stats.frames_from_guest += 1;
         self.stats.bytes_from_guest += frame.len() as u64;
+        if let Some(capture) = &mut self.capture
+            && let Err(error) = capture.write_frame(frame)
+        {
+            end_capture(&mut self.capture, &error);
+        }
         let mut head = [0; HEAD];
         let len = frame.len().min(HEAD);
         let Some(head) = head.get_mut(..len).filter(|head| !head.is_empty()) else {
@@ -315,6 +343,11 @@ impl NetEngine {
             TokenKind::Tcp => flows.tcp.host_ready(&mut turn, slot, readiness),
             TokenKind::TcpTimer => flows.tcp.timer(&mut turn, slot),
             TokenKind::NameTimer => flows.tcp.name_timer(&mut turn),
+            TokenKind::RateTimer => {
+                turn.rates.passed();
+                flows.tcp.resume(&mut turn);
+                flows.udp.resume();
+            }
             TokenKind::Udp => flows.udp.host_ready(slot, readiness),
             TokenKind::UdpTimer => flows.udp.timer(&mut turn),
             TokenKind::Echo => flows.echoes.host_ready(slot),
@@ -334,6 +367,12 @@ impl NetEngine {
         }
         let now = registry.now();
         (self.journal).report(&mut *self.policy, now, Some(registry));
+        self.rates.arm(registry);
+        if let Some(capture) = &mut self.capture
+            && let Err(error) = capture.flush()
+        {
+            end_capture(&mut self.capture, &error);
+        }
     }
 
     /// Returns true if there is more to send.
@@ -351,6 +390,8 @@ impl NetEngine {
             },
             stats: &mut self.stats,
             journal: &mut self.journal,
+            rates: &mut self.rates,
+            capture: &mut self.capture,
             now: registry.now(),
         };
         for _ in 0..VISITS {
@@ -392,8 +433,10 @@ impl NetEngine {
         let now = registry.as_deref().map_or_else(Instant::now, Registry::now);
         self.journal.report(&mut *self.policy, now, None);
         self.journal.stop(registry.as_deref_mut());
-        if let (Some(registry), Some(timer)) = (registry, self.fragments_timer.take()) {
-            registry.cancel_timer(timer);
+        for timer in [self.fragments_timer.take(), self.rates.take_timer()] {
+            if let (Some(registry), Some(timer)) = (registry.as_deref_mut(), timer) {
+                registry.cancel_timer(timer);
+            }
         }
     }
 }
@@ -465,7 +508,8 @@ impl Flows<'_> {
                     }
                     return Ok(());
                 }
-                self.udp.receive(turn, key, &header, frame, payload);
+                let dont_fragment = packet.dont_fragment;
+                (self.udp).receive(turn, key, &header, frame, payload, dont_fragment);
             }
             protocol => match IcmpEcho::parse(protocol, transport, packet.len) {
                 Some(echo) => {

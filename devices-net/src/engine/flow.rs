@@ -94,11 +94,13 @@ pub(crate) enum TokenKind {
     Journal,
     /// The timer of all flows that have to prove a name.
     NameTimer,
+    /// The timer of all flows that wait because of a rate.
+    RateTimer,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 13] = [
+const KINDS: [TokenKind; 14] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -112,6 +114,7 @@ const KINDS: [TokenKind; 13] = [
     TokenKind::Handle,
     TokenKind::Journal,
     TokenKind::NameTimer,
+    TokenKind::RateTimer,
 ];
 
 /// Returns the token of a slot.

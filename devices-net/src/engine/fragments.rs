@@ -170,6 +170,7 @@ impl Fragments {
                 offset: 0,
                 len: partial.bytes.len(),
                 fragment: None,
+                dont_fragment: false,
                 hops: partial.hops,
                 ..*packet
             },

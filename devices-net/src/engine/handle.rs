@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sm_event_loop::{Interest, Registered, Registry, new_eventfd, signal};
 
 use super::NetEngine;
+use super::capture::FrameCapture;
 use super::config::NameServers;
 use super::flow::{TokenKind, token};
+use super::rate::NetRate;
 
 /// Changes an engine while it runs, from any thread. Clones change the same engine.
 ///
@@ -38,6 +40,8 @@ struct State {
 pub(super) struct Changes {
     judge_again: bool,
     name_servers: Option<NameServers>,
+    rate: Option<NetRate>,
+    capture: Option<Option<FrameCapture>>,
 }
 
 impl EngineHandle {
@@ -55,6 +59,16 @@ impl EngineHandle {
     /// Makes the gateway a name server, as [`NetEngine::set_name_servers`].
     pub fn set_name_servers(&self, servers: NameServers) {
         self.change(|changes| changes.name_servers = Some(servers));
+    }
+
+    /// Limits the bytes of the guest in a second, as [`NetEngine::set_rate`].
+    pub fn set_rate(&self, rate: NetRate) {
+        self.change(|changes| changes.rate = Some(rate));
+    }
+
+    /// Writes all frames to a file, or ends that, as [`NetEngine::set_capture`].
+    pub fn set_capture(&self, capture: Option<FrameCapture>) {
+        self.change(|changes| changes.capture = Some(capture));
     }
 
     fn change(&self, apply: impl FnOnce(&mut Changes)) {
@@ -150,6 +164,12 @@ impl NetEngine {
         };
         if let Some(servers) = changes.name_servers {
             self.set_name_servers(servers);
+        }
+        if let Some(rate) = changes.rate {
+            self.rates.set(rate, registry.now());
+        }
+        if let Some(capture) = changes.capture {
+            self.set_capture(capture);
         }
         if changes.judge_again {
             let (mut turn, flows) = self.turn(registry);

@@ -4,10 +4,12 @@ use std::io::IoSlice;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
+use super::capture::FrameCapture;
 use super::config::EngineConfig;
 use super::flow::FlowKey;
 use super::journal::Journal;
 use super::link::{GuestLink, LinkFull};
+use super::rate::Rates;
 use super::stats::EngineStats;
 use crate::header::{GsoType, NetHeader};
 use crate::wire::{
@@ -92,7 +94,17 @@ pub(crate) struct Output<'a> {
     pub(crate) framer: Framer<'a>,
     pub(crate) stats: &'a mut EngineStats,
     pub(crate) journal: &'a mut Journal,
+    pub(crate) rates: &'a mut Rates,
+    pub(crate) capture: &'a mut Option<FrameCapture>,
     pub(crate) now: Instant,
+}
+
+/// Ends a capture that cannot go on.
+pub(crate) fn end_capture(capture: &mut Option<FrameCapture>, error: &std::io::Error) {
+    if let Some(mut ended) = capture.take() {
+        let _ = ended.flush();
+        tracing::warn!(%error, "the capture of the guest's frames has ended");
+    }
 }
 
 /// Largest payload of a packet with a TCP header without options.
@@ -126,6 +138,11 @@ impl Output<'_> {
                 let len: usize = parts.iter().map(|part| part.len()).sum();
                 self.stats.frames_to_guest += 1;
                 self.stats.bytes_to_guest += len as u64;
+                if let Some(capture) = &mut self.capture
+                    && let Err(error) = capture.write_parts(parts)
+                {
+                    end_capture(self.capture, &error);
+                }
             }
             Err(LinkFull) => self.stats.link_full += 1,
         }

@@ -5,12 +5,17 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, connect, sendmsg,
     socket_with, sockopt,
 };
 
 use crate::wire::IcmpUnreachable;
+
+/// Sizes of packets that every network passes (RFC 8200 5, RFC 1191 3).
+const MIN_MTU_V6: u16 = 1280;
+const MIN_MTU_V4: u16 = 68;
 
 /// Meaning of a socket's error for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +82,29 @@ pub(crate) fn connect_datagram(address: SocketAddr) -> Result<OwnedFd, Errno> {
     let socket = open(address, SocketType::DGRAM)?;
     connect(&socket, &address)?;
     Ok(socket)
+}
+
+/// Has a UDP socket refuse datagrams that are larger than packets on the way may be, or send them
+/// in fragments.
+pub(crate) fn set_dont_fragment(socket: &OwnedFd, v6: bool, dont: bool) {
+    // A socket of the other family has no such option, and fragments datagrams.
+    let _ = match (v6, dont) {
+        (false, true) => sockopt::set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::DO),
+        (false, false) => sockopt::set_ip_mtu_discover(socket, Ipv4PathMtuDiscovery::WANT),
+        (true, true) => sockopt::set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::DO),
+        (true, false) => sockopt::set_ipv6_mtu_discover(socket, Ipv6PathMtuDiscovery::WANT),
+    };
+}
+
+/// Returns the size of the largest packet on the way to the peer of a socket, as far as the host
+/// knows, and at most `most`.
+pub(crate) fn path_mtu(socket: &OwnedFd, v6: bool, most: u16) -> u16 {
+    let (known, least) = match v6 {
+        true => (sockopt::ipv6_mtu(socket), MIN_MTU_V6),
+        false => (sockopt::ip_mtu(socket), MIN_MTU_V4),
+    };
+    let known = known.ok().and_then(|mtu| u16::try_from(mtu).ok());
+    known.unwrap_or(most).max(least).min(most)
 }
 
 /// Sends bytes to a stream, as many as it accepts.

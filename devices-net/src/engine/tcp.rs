@@ -53,6 +53,9 @@ pub(crate) struct TcpFlows {
     table: FlowTable<TcpFlow>,
     /// Flows that may have something to send.
     ready: SlotQueue,
+    /// Flows that wait because of a rate, and those that have waited.
+    throttled: SlotQueue,
+    resumed: SlotQueue,
     store: ChunkStore,
     limits: EngineLimits,
     connecting: usize,
@@ -67,6 +70,8 @@ impl TcpFlows {
         Self {
             table: FlowTable::new(),
             ready: SlotQueue::default(),
+            throttled: SlotQueue::default(),
+            resumed: SlotQueue::default(),
             store: ChunkStore::new(limits.stored),
             limits,
             connecting: 0,
@@ -272,7 +277,8 @@ impl TcpFlows {
         if let Some(part) = effect.payload {
             wanted = part.len;
             let offset = offset + part.skip as usize;
-            taken = flow.send_host(&mut self.store, frame, offset, part.len);
+            let rates = (&mut *turn.rates, turn.now);
+            taken = flow.send_host(&mut self.store, rates, frame, (offset, part.len));
         }
         flow.control.taken(taken, effect.end && taken == wanted);
         flow.tally.from_guest += u64::from(taken);
@@ -282,6 +288,7 @@ impl TcpFlows {
             flow.watch(slot, turn.now, turn.registry);
         }
         turn.stats.tcp_bytes_from_guest += u64::from(taken);
+        self.wait_for_rate(turn, slot);
         if self.table.get(slot).is_some_and(|flow| flow.host.held) {
             self.examine(turn, slot, false);
         }
@@ -340,7 +347,9 @@ impl TcpFlows {
         slot: u32,
         end: FlowEnd,
     ) {
-        self.ready.remove(slot);
+        for queue in [&mut self.ready, &mut self.throttled, &mut self.resumed] {
+            queue.remove(slot);
+        }
         let Some(flow) = self.table.remove(slot) else {
             return;
         };

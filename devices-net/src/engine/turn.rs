@@ -11,6 +11,7 @@ use super::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol};
 use super::flow::{DNS_PORT, FlowKey};
 use super::journal::Journal;
 use super::output::Framer;
+use super::rate::Rates;
 use super::stats::EngineStats;
 use crate::wire::{IcmpUnreachable, IpProtocol, MacAddress, QUOTED_TRANSPORT};
 
@@ -21,6 +22,7 @@ pub(crate) struct Turn<'a> {
     pub(crate) stats: &'a mut EngineStats,
     pub(crate) answers: &'a mut Answers,
     pub(crate) journal: &'a mut Journal,
+    pub(crate) rates: &'a mut Rates,
     pub(crate) registry: &'a mut dyn Registry,
     /// Ethernet address of the guest.
     pub(crate) guest: MacAddress,

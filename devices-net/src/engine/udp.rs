@@ -35,6 +35,8 @@ struct UdpFlow {
     readable: bool,
     /// The guest has sent several datagrams.
     settled: bool,
+    /// No datagram is sent in fragments.
+    dont_fragment: bool,
     last: Instant,
 }
 
@@ -55,6 +57,8 @@ pub(crate) struct UdpFlows {
     table: FlowTable<UdpFlow>,
     /// Flows whose sockets may have datagrams.
     ready: SlotQueue,
+    /// Flows that wait because of a rate.
+    throttled: SlotQueue,
     /// Flows with one datagram of the guest, and others, those unused longest first.
     young: SlotQueue,
     settled: SlotQueue,
@@ -72,6 +76,7 @@ impl UdpFlows {
         Self {
             table: FlowTable::new(),
             ready: SlotQueue::default(),
+            throttled: SlotQueue::default(),
             young: SlotQueue::default(),
             settled: SlotQueue::default(),
             limits,
@@ -94,6 +99,7 @@ impl UdpFlows {
         header: &UdpHeader,
         frame: &dyn GuestFrame,
         (offset, len): (usize, usize),
+        dont_fragment: bool,
     ) {
         let slot = match self.table.find(&key) {
             Some(slot) => {
@@ -108,6 +114,14 @@ impl UdpFlows {
         let Some(flow) = self.table.get_mut(slot) else {
             return;
         };
+        if !turn.rates.may_send(turn.now) {
+            turn.stats.udp_dropped += 1;
+            return;
+        }
+        if flow.dont_fragment != dont_fragment {
+            flow.dont_fragment = dont_fragment;
+            socket::set_dont_fragment(&flow.socket, key.is_v6(), dont_fragment);
+        }
         // The first call may return the error of an earlier datagram.
         let mut sent = frame.send(offset, len, flow.socket.as_fd());
         if sent
@@ -121,12 +135,14 @@ impl UdpFlows {
             Ok(_) => {
                 turn.stats.udp_from_guest += 1;
                 flow.tally.from_guest += len as u64;
+                turn.rates.sent(len as u64, turn.now);
             }
             Err(error) => {
                 turn.stats.udp_dropped += 1;
                 let failure = match Errno::from_io_error(&error) {
                     Some(Errno::MSGSIZE) => {
-                        Failure::Unreachable(IcmpUnreachable::TooBig(turn.config.mtu))
+                        let mtu = socket::path_mtu(&flow.socket, key.is_v6(), turn.config.mtu);
+                        Failure::Unreachable(IcmpUnreachable::TooBig(mtu))
                     }
                     // The error comes with the next one again, or it is the socket's queue
                     // that is full.
@@ -163,6 +179,7 @@ impl UdpFlows {
             socket,
             readable: false,
             settled: false,
+            dont_fragment: false,
             last: turn.now,
         });
         self.young.push_back(slot);
@@ -238,6 +255,10 @@ impl UdpFlows {
             return Ok(false);
         };
         for _ in 0..QUANTUM {
+            if !output.rates.may_receive(output.now) {
+                self.throttled.push_back(slot);
+                return Ok(true);
+            }
             if !self.read(slot, output, answers) {
                 return Ok(true);
             }
@@ -249,6 +270,13 @@ impl UdpFlows {
         }
         self.ready.push_back(slot);
         Ok(true)
+    }
+
+    /// Serves flows again that have waited because of a rate.
+    pub(crate) fn resume(&mut self) {
+        while let Some(slot) = self.throttled.pop_front() {
+            self.ready.push_back(slot);
+        }
     }
 
     /// Delivers the datagram in the buffer.
@@ -276,6 +304,7 @@ impl UdpFlows {
                 Ok((len, _)) => {
                     let key = flow.key;
                     flow.tally.to_guest += len as u64;
+                    output.rates.received(len as u64, output.now);
                     self.held = Some(Held { key, len });
                     return true;
                 }
@@ -286,7 +315,15 @@ impl UdpFlows {
                 }
                 // The error of a datagram that was sent; others may follow.
                 Err(error) => {
-                    let Some(error) = unreachable(Failure::of(error)) else {
+                    let failure = match error {
+                        Errno::MSGSIZE => {
+                            let most = output.framer.config.mtu;
+                            let mtu = socket::path_mtu(&flow.socket, flow.key.is_v6(), most);
+                            Failure::Unreachable(IcmpUnreachable::TooBig(mtu))
+                        }
+                        error => Failure::of(error),
+                    };
+                    let Some(error) = unreachable(failure) else {
                         continue;
                     };
                     let (guest, remote) = (flow.key.guest().ip(), flow.key.remote().ip());
@@ -318,7 +355,13 @@ impl UdpFlows {
         slot: u32,
         end: FlowEnd,
     ) {
-        for queue in [&mut self.ready, &mut self.young, &mut self.settled] {
+        let queues = [
+            &mut self.ready,
+            &mut self.throttled,
+            &mut self.young,
+            &mut self.settled,
+        ];
+        for queue in queues {
             queue.remove(slot);
         }
         if let Some(flow) = self.table.remove(slot) {

@@ -105,6 +105,8 @@ pub struct IpPacket {
     pub len: usize,
     /// The packet is a fragment.
     pub fragment: Option<Fragment>,
+    /// No router may cut it into fragments.
+    pub dont_fragment: bool,
 }
 
 impl IpPacket {
@@ -152,6 +154,7 @@ impl IpPacket {
             offset: start + header_len,
             len: total - header_len,
             fragment: (fragment.more || fragment.offset > 0).then_some(fragment),
+            dont_fragment: bits & DONT_FRAGMENT != 0,
         })
     }
 
@@ -170,6 +173,7 @@ impl IpPacket {
             offset: start + size_of::<Ipv6Header>(),
             len: usize::from(header.payload_len.get()),
             fragment: None,
+            dont_fragment: true,
         };
         if frame_len < packet.offset + packet.len {
             return Err(MalformedFrame::Length);

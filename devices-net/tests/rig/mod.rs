@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use sm_devices_net::engine::{
-    EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineStats, FlowProtocol,
-    NameServers, NetEngine, NetEvent, event_channel,
+    EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, EngineHandle, EngineStats,
+    FlowProtocol, NameServers, NetEngine, NetEvent, event_channel,
 };
 use sm_devices_net::policy::local_addresses;
 use sm_event_loop::EventLoop;
@@ -55,6 +55,11 @@ const GUEST: [&str; 6] = [
     "route add default via 100.96.0.1",
     "-6 route add default via fd73:6d00::1",
 ];
+
+/// Creates an interface in the namespace of the thread; nobody reads its packets.
+pub(crate) fn create_interface(name: &str) -> File {
+    device::create(name, false).unwrap()
+}
 
 pub(crate) struct Rig {
     internet: File,
@@ -163,6 +168,11 @@ impl Rig {
             .unwrap()
             .engine
             .set_name_servers(servers);
+    }
+
+    /// Returns a handle of the engine.
+    pub(crate) fn handle(&self) -> EngineHandle {
+        self.gateway.lock().unwrap().engine.handle()
     }
 
     /// Returns the events of the engine from now on.

@@ -11,6 +11,7 @@ use sm_event_loop::{Registered, Registry, Timer};
 use super::super::flow::{FlowKey, TokenKind, token};
 use super::super::journal::Tally;
 use super::super::link::GuestFrame;
+use super::super::rate::Rates;
 use super::super::socket;
 use super::super::store::{ByteQueue, ChunkStore, Cursor};
 use super::super::table::Keyed;
@@ -163,22 +164,25 @@ impl TcpFlow {
     pub(super) fn send_host(
         &mut self,
         store: &mut ChunkStore,
+        (rates, now): (&mut Rates, Instant),
         frame: &dyn GuestFrame,
-        offset: usize,
-        len: u32,
+        (offset, len): (usize, u32),
     ) -> u32 {
         // Bytes for a socket that cannot send are of no use, and the guest gets a reset.
         if self.host.failed {
             return len;
         }
         let mut done = 0;
-        while self.to_host.is_empty() && done < len && !self.host.held {
+        while self.to_host.is_empty() && done < len && !self.host.held && rates.may_send(now) {
             let (at, rest) = (offset + done as usize, (len - done) as usize);
             match frame.send(at, rest, self.socket.as_fd()) {
                 // A socket that takes nothing is one that is full: this must end.
                 Ok(0) => break,
                 // At most `rest`.
-                Ok(sent) => done += u32::try_from(sent).unwrap_or(0),
+                Ok(sent) => {
+                    rates.sent(sent as u64, now);
+                    done += u32::try_from(sent).unwrap_or(0);
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(_) => {
                     self.host.failed = true;
@@ -193,13 +197,21 @@ impl TcpFlow {
     ///
     /// # Errors
     /// The socket cannot send any more.
-    pub(super) fn flush_host(&mut self, store: &mut ChunkStore) -> Result<bool, Errno> {
+    pub(super) fn flush_host(
+        &mut self,
+        store: &mut ChunkStore,
+        (rates, now): (&mut Rates, Instant),
+    ) -> Result<bool, Errno> {
         while !self.to_host.is_empty() && !self.host.held {
+            if !rates.may_send(now) {
+                return Ok(false);
+            }
             let mut slices = [IoSlice::new(&[]); SLICES];
             let start = self.to_host.start();
             let (_, count, _) = self.to_host.slices(store, start, u32::MAX, &mut slices);
             match socket::send(self.socket.as_fd(), &slices[..count]) {
                 Ok(sent) => {
+                    rates.sent(sent as u64, now);
                     let sent = u32::try_from(sent).unwrap_or(u32::MAX);
                     self.to_host.consume(store, sent);
                 }

@@ -30,10 +30,7 @@ impl TcpFlows {
         flow.host.urgent |= readiness.priority;
         flow.host.failed |= readiness.error;
         if readiness.writable && !flow.host.failed && !flow.to_host.is_empty() {
-            let flushed = flow.flush_host(&mut self.store);
-            if flushed.and_then(|_| flow.finish_host()).is_err() {
-                self.host_failed(slot);
-            }
+            self.flush(turn, slot);
         }
         self.ready.push_back(slot);
     }
@@ -69,6 +66,41 @@ impl TcpFlows {
                 fail(turn, &key, sequence, failure(error));
                 false
             }
+        }
+    }
+
+    /// Sends the backlog of a flow as far as its host socket and the rate allow.
+    pub(super) fn flush(&mut self, turn: &mut Turn<'_>, slot: u32) {
+        let Some(flow) = self.table.get_mut(slot) else {
+            return;
+        };
+        let flushed = flow.flush_host(&mut self.store, (&mut *turn.rates, turn.now));
+        if flushed.and_then(|_| flow.finish_host()).is_err() {
+            self.host_failed(slot);
+        } else {
+            self.wait_for_rate(turn, slot);
+        }
+    }
+
+    /// Has a flow with a backlog resumed, if it is the rate that it waits for.
+    pub(super) fn wait_for_rate(&mut self, turn: &mut Turn<'_>, slot: u32) {
+        let waits = self
+            .table
+            .get(slot)
+            .is_some_and(|flow| !flow.to_host.is_empty());
+        if waits && !turn.rates.may_send(turn.now) {
+            self.throttled.push_back(slot);
+        }
+    }
+
+    /// Serves flows again that have waited because of a rate.
+    pub(crate) fn resume(&mut self, turn: &mut Turn<'_>) {
+        std::mem::swap(&mut self.throttled, &mut self.resumed);
+        while let Some(slot) = self.resumed.pop_front() {
+            if self.table.get(slot).is_some_and(|flow| !flow.host.failed) {
+                self.flush(turn, slot);
+            }
+            self.ready.push_back(slot);
         }
     }
 

@@ -105,7 +105,7 @@ impl TcpFlows {
         self.names.scratch = scratch;
         if is_silent {
             // Nothing is to be sent.
-            return self.let_go(slot, None);
+            return self.let_go(turn, slot, None);
         }
         let name = match hello {
             ClientHello::Incomplete if !is_late && !flow.control.guest_ended => return,
@@ -114,7 +114,7 @@ impl TcpFlows {
         };
         let request = request(&flow.key);
         match turn.policy.may_name(&request, name.as_deref()) {
-            Ok(()) => self.let_go(slot, name),
+            Ok(()) => self.let_go(turn, slot, name),
             Err(reason) => {
                 turn.stats.prohibited += 1;
                 turn.journal.refused_name_of_flow(&request, name, reason);
@@ -126,18 +126,14 @@ impl TcpFlows {
     }
 
     /// Sends what was stored, and what comes.
-    fn let_go(&mut self, slot: u32, name: Option<String>) {
+    fn let_go(&mut self, turn: &mut Turn<'_>, slot: u32, name: Option<String>) {
         if let Some(name) = name {
             self.names.proven.insert(slot, name.into());
         }
-        let Some(flow) = self.table.get_mut(slot) else {
-            return;
-        };
-        flow.host.held = false;
-        let flushed = flow.flush_host(&mut self.store);
-        if flushed.and_then(|_| flow.finish_host()).is_err() {
-            self.host_failed(slot);
+        if let Some(flow) = self.table.get_mut(slot) {
+            flow.host.held = false;
         }
+        self.flush(turn, slot);
         self.ready.push_back(slot);
     }
 }

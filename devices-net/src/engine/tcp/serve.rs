@@ -63,7 +63,7 @@ impl TcpFlows {
         let mut left = QUANTUM;
         let mut failed = false;
         while left > 0 {
-            let read = self.read(slot);
+            let read = self.read(slot, output);
             let sent = self.send(slot, output, registry)?;
             failed = read.is_err();
             if failed || sent == 0 {
@@ -114,7 +114,7 @@ impl TcpFlows {
     }
 
     /// Reads from the host socket as much as the guest has a window for.
-    fn read(&mut self, slot: u32) -> Result<(), HostFailed> {
+    fn read(&mut self, slot: u32, output: &mut Output<'_>) -> Result<(), HostFailed> {
         let Some(flow) = self.table.get_mut(slot) else {
             return Ok(());
         };
@@ -134,9 +134,16 @@ impl TcpFlows {
             // The guest has a byte to acknowledge first.
             return Ok(());
         }
+        if !output.rates.may_receive(output.now) {
+            self.throttled.push_back(slot);
+            return Ok(());
+        }
         let read = flow
             .to_guest
             .read(&mut self.store, flow.socket.as_fd(), wanted);
+        if let Ok((len, _)) = &read {
+            output.rates.received(u64::from(*len), output.now);
+        }
         match read {
             Ok((0, _)) if flow.host.failed => return Err(HostFailed),
             Ok((0, _)) => {
