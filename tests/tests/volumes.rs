@@ -271,3 +271,35 @@ fn bad_mounts_are_refused() {
     let error = home.sm(&["volume", "inspect", "none"]).exits(1).err();
     assert!(error.contains("no such volume: \"none\""), "{error}");
 }
+
+/// A VM's process, and the lock of a volume, know the name that the VM was started with.
+#[test]
+fn refusals_name_vms_as_they_are_called_now() {
+    let home = Home::shared();
+    let (volume, image) = (unique("held"), image("busybox"));
+    let mount = format!("{volume}:/v");
+    let vm = home.detached(&["-m", "128m", "-v", &mount, &image, "sleep", "100000"]);
+    let now = unique("renamed");
+    home.sm(&["rename", &vm.name, &now]).exits(0);
+    let holder = format!("VM \"{now}\"");
+    let run = ["run", "--rm", "-m", "128m", "-v", &mount, &image, "true"];
+    let clone = ["volume", "clone", &volume, "copy"];
+    for (arguments, code) in [(&run[..], 125), (&clone, 1), (&["reset", &now], 1)] {
+        let said = home.sm(arguments).exits(code).err();
+        assert!(said.contains(&holder), "{arguments:?}: {said}");
+        assert!(!said.contains(&vm.name), "{arguments:?}: {said}");
+    }
+    // A snapshot in use names the clone.
+    let snapshot = unique("held");
+    home.sm(&["snapshot", "create", &now, &snapshot]).exits(0);
+    let clone = home.clone_of(&snapshot, "clone");
+    let said = home.sm(&["snapshot", "rm", &snapshot]).exits(1).err();
+    let holder = format!("VM \"{}\"", clone.name);
+    assert!(said.contains(&holder), "{said}");
+    drop(clone);
+    home.sm(&["rename", &now, &vm.name]).exits(0);
+    drop(vm);
+    until("its clone is gone", || {
+        home.sm(&["snapshot", "rm", &snapshot]).code == Some(0)
+    });
+}
