@@ -247,6 +247,28 @@ impl MmioTransport {
         }
     }
 
+    /// Waits until a device that was restored, or resumes, has been started on the event
+    /// loop. Without it, the start may be later than the first instructions of the guest. Has
+    /// no effect on an inactive device.
+    ///
+    /// # Errors
+    /// The loop has stopped.
+    pub fn complete_start(&self) -> io::Result<()> {
+        if lock(&self.registers).status & DRIVER_OK == 0 {
+            return Ok(());
+        }
+        let device = Arc::clone(&self.device);
+        let activated = Arc::clone(&self.activated);
+        let quiesced = Arc::clone(&self.quiesced);
+        self.event_loop.call(self.handler, move |registry| {
+            if !quiesced.load(Ordering::SeqCst) {
+                // The event that this replaces.
+                let _ = drain(activated.as_fd());
+                lock(&device).started(registry);
+            }
+        })
+    }
+
     /// Saves the state of the transport and the device, which must be quiesced.
     ///
     /// # Errors

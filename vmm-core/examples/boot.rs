@@ -66,18 +66,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             generation_id: [0xff; 16],
             console: File::from(OwnedFd::from(console)),
             devices: vec![
-                DeviceConfig {
-                    slot: SLOT_RNG,
-                    device: Arc::new(Mutex::new(Rng::new())),
-                },
-                DeviceConfig {
-                    slot: SLOT_ROOT_DISK,
-                    device: Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root"))),
-                },
-                DeviceConfig {
-                    slot: SLOT_DATA_DISK,
-                    device: Arc::new(Mutex::new(Block::new(data, Access::ReadWrite, "data"))),
-                },
+                DeviceConfig::new(SLOT_RNG, Arc::new(Mutex::new(Rng::new()))),
+                DeviceConfig::new(
+                    SLOT_ROOT_DISK,
+                    Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root"))),
+                ),
+                DeviceConfig::new(
+                    SLOT_DATA_DISK,
+                    Arc::new(Mutex::new(Block::new(data, Access::ReadWrite, "data"))),
+                ),
             ],
         },
         &event_loop.handle(),

@@ -144,14 +144,11 @@ fn devices() -> Result<Vec<DeviceConfig>> {
         len: 4096 * 4096,
     }])?;
     Ok(vec![
-        DeviceConfig {
-            slot: SLOT_RNG,
-            device: Arc::new(Mutex::new(Rng::new())),
-        },
-        DeviceConfig {
-            slot: SLOT_ROOT_DISK,
-            device: Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root"))),
-        },
+        DeviceConfig::new(SLOT_RNG, Arc::new(Mutex::new(Rng::new()))),
+        DeviceConfig::new(
+            SLOT_ROOT_DISK,
+            Arc::new(Mutex::new(Block::new(disk, Access::ReadOnly, "root"))),
+        ),
     ])
 }
 

@@ -97,13 +97,34 @@ pub enum DeviceError {
     },
 }
 
-/// A device and its slot.
+/// A device, its slot, and its event loop.
 #[derive(Clone)]
 pub struct DeviceConfig {
-    /// Slot, see [`crate::layout`].
-    pub slot: u32,
-    /// The device.
-    pub device: Arc<Mutex<dyn VirtioDevice>>,
+    slot: u32,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    event_loop: Option<EventLoopHandle>,
+}
+
+impl DeviceConfig {
+    /// Returns a device in a slot (see [`crate::layout`]), which runs on the machine's event
+    /// loop.
+    #[must_use]
+    pub fn new(slot: u32, device: Arc<Mutex<dyn VirtioDevice>>) -> Self {
+        Self {
+            slot,
+            device,
+            event_loop: None,
+        }
+    }
+
+    /// Lets the device run on an event loop of its own, so that the others do not wait for it.
+    /// The loop must live as long as the machine. Before the vCPUs run, the device has been
+    /// started on it: what a restored device has for its driver is there first.
+    #[must_use]
+    pub fn on(mut self, event_loop: EventLoopHandle) -> Self {
+        self.event_loop = Some(event_loop);
+        self
+    }
 }
 
 impl fmt::Debug for DeviceConfig {
@@ -146,6 +167,8 @@ impl MmioDevice for MmioTransport {
 #[derive(Default)]
 pub(crate) struct Devices {
     transports: Vec<Arc<MmioTransport>>,
+    /// Those of the transports that have an event loop of their own.
+    apart: Vec<Arc<MmioTransport>>,
 }
 
 impl Devices {
@@ -159,7 +182,11 @@ impl Devices {
     ) -> Result<Self, DeviceError> {
         configs.sort_by_key(|config| config.slot);
         let mut transports = Vec::with_capacity(configs.len());
-        for DeviceConfig { slot, device } in configs {
+        let mut apart = Vec::new();
+        for config in configs {
+            let DeviceConfig { slot, device, .. } = config;
+            let is_apart = config.event_loop.is_some();
+            let event_loop = config.event_loop.unwrap_or_else(|| event_loop.clone());
             if slot >= VIRTIO_SLOTS {
                 return Err(DeviceError::Slot { slot });
             }
@@ -169,14 +196,12 @@ impl Devices {
                 .irq_line(virtio_gsi(slot), IrqTrigger::Edge)
                 .map_err(connect)?;
             let line = Arc::new(IrqLineAdapter(line));
-            let transport =
-                MmioTransport::new(slot, device, guest.clone(), line, event_loop.clone()).map_err(
-                    |source| DeviceError::Io {
-                        operation: "start",
-                        slot,
-                        source,
-                    },
-                )?;
+            let transport = MmioTransport::new(slot, device, guest.clone(), line, event_loop)
+                .map_err(|source| DeviceError::Io {
+                    operation: "start",
+                    slot,
+                    source,
+                })?;
             // Without doorbells, the write arrives on the bus.
             let doorbells = transport.doorbells().filter(|_| transport.has_doorbells());
             for (queue, fd) in doorbells {
@@ -189,9 +214,12 @@ impl Devices {
             }
             bus.mmio(window, VIRTIO_WINDOW_SIZE, transport.clone())
                 .map_err(|source| DeviceError::Taken { slot, source })?;
+            if is_apart {
+                apart.push(transport.clone());
+            }
             transports.push(transport);
         }
-        Ok(Self { transports })
+        Ok(Self { transports, apart })
     }
 
     pub(crate) fn slots(&self) -> Vec<u32> {
@@ -215,6 +243,21 @@ impl Devices {
         for transport in &self.transports {
             transport.unquiesce();
         }
+    }
+
+    /// Completes the start of devices with an event loop of their own, which otherwise is
+    /// concurrent to the guest.
+    pub(crate) fn start_apart(&self) -> Result<(), DeviceError> {
+        for transport in &self.apart {
+            transport
+                .complete_start()
+                .map_err(|source| DeviceError::Io {
+                    operation: "start",
+                    slot: transport.slot(),
+                    source,
+                })?;
+        }
+        Ok(())
     }
 
     /// Saves all devices, which must be quiesced.

@@ -164,13 +164,14 @@ impl<H: Hypervisor<Arch = X86_64>> Machine<H> {
     /// Lets the vCPUs run. Has no effect if they run already.
     ///
     /// # Errors
-    /// A vCPU thread has ended.
+    /// A vCPU thread or an event loop has ended.
     pub fn resume(&mut self) -> Result<(), MachineError> {
         if self.running {
             return Ok(());
         }
         let mut watch = Stopwatch::start();
         self.devices.unquiesce();
+        self.devices.start_apart()?;
         for thread in &self.threads {
             thread.run()?;
         }

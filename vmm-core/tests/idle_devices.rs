@@ -23,19 +23,19 @@ use self::common::kernel;
 const ROUNDS: usize = 201;
 
 fn devices(all: bool) -> Vec<DeviceConfig> {
-    let mut devices = vec![DeviceConfig {
-        slot: SLOT_RNG,
-        device: Arc::new(Mutex::new(Rng::new())),
-    }];
+    let mut devices = vec![DeviceConfig::new(
+        SLOT_RNG,
+        Arc::new(Mutex::new(Rng::new())),
+    )];
     if all {
-        devices.push(DeviceConfig {
-            slot: SLOT_NET,
-            device: Arc::new(Mutex::new(Net::new(NetConfig::new([2, 0, 0, 0, 0, 1])))),
-        });
-        devices.push(DeviceConfig {
-            slot: SLOT_BALLOON,
-            device: Arc::new(Mutex::new(Balloon::new())),
-        });
+        devices.push(DeviceConfig::new(
+            SLOT_NET,
+            Arc::new(Mutex::new(Net::new(NetConfig::new([2, 0, 0, 0, 0, 1])))),
+        ));
+        devices.push(DeviceConfig::new(
+            SLOT_BALLOON,
+            Arc::new(Mutex::new(Balloon::new())),
+        ));
     }
     devices
 }

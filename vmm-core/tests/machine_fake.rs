@@ -51,10 +51,10 @@ impl Rig {
     }
 
     fn devices() -> Vec<DeviceConfig> {
-        vec![DeviceConfig {
-            slot: SLOT_RNG,
-            device: Arc::new(Mutex::new(Rng::new())),
-        }]
+        vec![DeviceConfig::new(
+            SLOT_RNG,
+            Arc::new(Mutex::new(Rng::new())),
+        )]
     }
 
     fn config(&self, vcpus: u32) -> MachineConfig {

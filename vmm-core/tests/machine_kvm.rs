@@ -70,10 +70,10 @@ impl Rig {
     }
 
     fn devices() -> Vec<DeviceConfig> {
-        vec![DeviceConfig {
-            slot: SLOT_RNG,
-            device: Arc::new(Mutex::new(Rng::new())),
-        }]
+        vec![DeviceConfig::new(
+            SLOT_RNG,
+            Arc::new(Mutex::new(Rng::new())),
+        )]
     }
 
     fn boot(&self, code: &[u8], vcpus: u32) -> Result<Machine<Native>, MachineError> {

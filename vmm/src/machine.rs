@@ -306,24 +306,12 @@ fn begin(
     parts.devices = disks.iter().map(WritableDisk::device).collect();
     let balloon = Arc::new(Mutex::new(Balloon::new()));
     parts.devices.extend([
-        DeviceConfig {
-            slot: SLOT_VSOCK,
-            device: vsock,
-        },
-        DeviceConfig {
-            slot: SLOT_ROOT_DISK,
-            device: root.clone(),
-        },
+        DeviceConfig::new(SLOT_VSOCK, vsock),
+        DeviceConfig::new(SLOT_ROOT_DISK, root.clone()),
         device(SLOT_RNG, Rng::new()),
         device(SLOT_NET, Net::new(NetConfig::new(MAC))),
-        DeviceConfig {
-            slot: SLOT_BALLOON,
-            device: balloon.clone(),
-        },
-        DeviceConfig {
-            slot: SLOT_FS,
-            device: fs.clone(),
-        },
+        DeviceConfig::new(SLOT_BALLOON, balloon.clone()),
+        DeviceConfig::new(SLOT_FS, fs.clone()),
     ]);
     let (mut machine, source) = match plan.source {
         ResolvedSource::Snapshot {
@@ -518,8 +506,5 @@ fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn device(slot: u32, device: impl sm_virtio::VirtioDevice + 'static) -> DeviceConfig {
-    DeviceConfig {
-        slot,
-        device: Arc::new(Mutex::new(device)),
-    }
+    DeviceConfig::new(slot, Arc::new(Mutex::new(device)))
 }

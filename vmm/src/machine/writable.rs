@@ -190,10 +190,7 @@ impl WritableDisk {
     }
 
     pub(super) fn device(&self) -> DeviceConfig {
-        DeviceConfig {
-            slot: self.slot,
-            device: self.block.clone(),
-        }
+        DeviceConfig::new(self.slot, self.block.clone())
     }
 
     pub(super) fn slot(&self) -> u32 {

@@ -83,10 +83,10 @@ fn fixture() -> Option<Fixture> {
             cmdline: "golden".to_owned(),
             generation_id: [7; 16],
             console: tempfile::tempfile().unwrap(),
-            devices: vec![DeviceConfig {
-                slot: SLOT_RNG,
-                device: Arc::new(Mutex::new(Rng::new())),
-            }],
+            devices: vec![DeviceConfig::new(
+                SLOT_RNG,
+                Arc::new(Mutex::new(Rng::new())),
+            )],
         },
         &event_loop.handle(),
     )
@@ -504,10 +504,10 @@ fn write_golden() {
     let state = machine::decode(&chain).unwrap();
     let memory = sm_snapshot::restore::map_memory(&chain).unwrap();
     let event_loop = EventLoop::spawn("devices").unwrap();
-    let devices = vec![DeviceConfig {
-        slot: SLOT_RNG,
-        device: Arc::new(Mutex::new(Rng::new())),
-    }];
+    let devices = vec![DeviceConfig::new(
+        SLOT_RNG,
+        Arc::new(Mutex::new(Rng::new())),
+    )];
     let console = File::from(std::io::stderr().as_fd().try_clone_to_owned().unwrap());
     let kvm = Native::open().unwrap();
     f.machine =

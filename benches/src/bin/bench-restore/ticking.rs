@@ -142,10 +142,10 @@ impl Restored {
 }
 
 pub(crate) fn devices() -> Vec<DeviceConfig> {
-    vec![DeviceConfig {
-        slot: SLOT_RNG,
-        device: Arc::new(Mutex::new(Rng::new())),
-    }]
+    vec![DeviceConfig::new(
+        SLOT_RNG,
+        Arc::new(Mutex::new(Rng::new())),
+    )]
 }
 
 /// This program as a contender: the layers of `sm` without its agent.

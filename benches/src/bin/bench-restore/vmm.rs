@@ -155,10 +155,7 @@ impl LapTimer {
 fn devices() -> (Vec<DeviceConfig>, Arc<OnceLock<Instant>>) {
     let config_probe = ConfigReadProbe::default();
     let first_read = config_probe.first_read();
-    let device = DeviceConfig {
-        slot: tiny::DEVICE_SLOT,
-        device: Arc::new(Mutex::new(config_probe)),
-    };
+    let device = DeviceConfig::new(tiny::DEVICE_SLOT, Arc::new(Mutex::new(config_probe)));
     (vec![device], first_read)
 }
 
