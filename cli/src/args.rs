@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 mod files;
 mod image;
 mod life;
+mod network;
 mod privileges;
 mod run;
 mod snapshot;
@@ -237,6 +238,10 @@ pub(crate) struct LogsArgs {
     /// Show the guest's console instead
     #[arg(long, conflicts_with_all = ["follow", "since", "until", "timestamps"])]
     pub(crate) console: bool,
+    /// Show the connections of the guest to its network instead, and what was refused with the
+    /// rule that would allow it: a line of JSON each
+    #[arg(long, conflicts_with_all = ["follow", "console", "timestamps"])]
+    pub(crate) net: bool,
     /// Show the last N lines only
     #[arg(short = 'n', long, value_name = "N")]
     pub(crate) tail: Option<usize>,

@@ -90,8 +90,9 @@ fn of_run(option: &str) -> Option<&'static str> {
         | "--pids-limit"
         | "--oom-kill-disable"
         | "--oom-score-adj" => LIMITS,
-        "--net" | "--network" | "--net-alias" | "--network-alias" | "--link"
-        | "--link-local-ip" | "--ip" | "--ip6" | "--mac-address" => NETWORK,
+        "--net-alias" | "--network-alias" | "--link" | "--link-local-ip" | "--ip" | "--ip6" => {
+            NETWORK
+        }
         "--gpus" | "--device-cgroup-rule" => HARDWARE,
         "--log-driver" | "--log-opt" => LOGS,
         "-a" | "--attach" => STREAMS,
@@ -102,9 +103,6 @@ fn of_run(option: &str) -> Option<&'static str> {
         "--sig-proxy" => "signals are always forwarded to a command in the foreground",
         "--detach-keys" => "the keys are always ctrl-p ctrl-q",
         "--domainname" => "write the whole name with --hostname",
-        "--dns-search" | "--dns-option" | "--dns-opt" => {
-            "write /etc/resolv.conf in the image, or mount one with -v"
-        }
         "--health-start-interval" => "checks have one interval, --health-interval",
         "--annotation" => "describe a VM with --label",
         "--volume-driver" => "volumes are on this host",

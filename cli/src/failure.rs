@@ -111,6 +111,10 @@ fn hint_of_option(option: &OptionError) -> Option<String> {
         OptionError::ManyWriters { .. } => {
             Some("let them with --share-binds, or mount it with :ro".to_owned())
         }
+        OptionError::Mtu { .. } => Some("leave out --mtu for 1500".to_owned()),
+        OptionError::ResolverWord(_) => {
+            Some("give each domain its own --dns-search, and each option --dns-option".to_owned())
+        }
         _ => None,
     }
 }

@@ -333,7 +333,17 @@ fn wrong_words_are_named() {
             &["yesterday", "1h30m"],
         ),
         (&["run", "-p", "http", "x"], &["http"]),
-        (&["run", "--add-host", "db", "oci:x"], &["oci:x"]),
+        (
+            &["run", "--add-host", "db", "oci:x"],
+            &["\"db\" is not a host", "NAME:ADDRESS"],
+        ),
+        (&["run", "--network", "host", "x"], &["--allow-net host"]),
+        (&["run", "--network", "back", "x"], &["not there yet"]),
+        (&["run", "--allow-net", "tcp:", "x"], &["tcp:"]),
+        (
+            &["run", "--mac-address", "ff:ff:ff:ff:ff:ff", "x"],
+            &["one station"],
+        ),
         (&["kill", "-s", "NOSIG", "vm"], &["NOSIG"]),
         (&["stop", "nobody"], &["no such VM: \"nobody\""]),
     ] {

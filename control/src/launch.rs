@@ -153,10 +153,6 @@ pub struct LaunchRequest {
     pub upper_size: Option<u64>,
     /// Size of `/dev/shm` in bytes; absent for the guest's default.
     pub shm_size: Option<u64>,
-    /// Additional entries of `/etc/hosts`.
-    pub extra_hosts: Vec<(String, String)>,
-    /// Name servers for `/etc/resolv.conf`.
-    pub nameservers: Vec<String>,
     /// Mounts in the workload's file system, parents before children.
     #[serde(default)]
     pub mounts: Vec<MountRequest>,
@@ -274,6 +270,14 @@ pub enum ControlCall {
     LimitMemory {
         /// The limit in bytes; absent for all of the VM's memory.
         bytes: Option<u64>,
+    },
+    /// Replace the rules of the network. Answered once they hold for each new connection;
+    /// those that they refuse end soon after.
+    NetworkRules {
+        /// See [`NetworkConfigV1::allow`](crate::config::NetworkConfigV1::allow).
+        allow: Vec<String>,
+        /// See [`NetworkConfigV1::deny`](crate::config::NetworkConfigV1::deny).
+        deny: Vec<String>,
     },
     /// Usage figures of the guest.
     Stats,

@@ -95,6 +95,7 @@ pub mod fdpass;
 mod health;
 pub mod id;
 pub mod launch;
+pub mod network;
 mod paging;
 pub mod privileges;
 pub mod publish;

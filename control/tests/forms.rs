@@ -9,8 +9,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use sm_control::config::{
-    ConfigView, HealthCheck, LaunchConfig, RecordConfigV1, RecordFormError, RestartPolicy,
-    SettingsSourceV1, StartSettingsV1, StoredConfigV1, VmConfig,
+    ConfigView, HealthCheck, LaunchConfig, NetworkConfigV1, RecordConfigV1, RecordFormError,
+    RestartPolicy, SettingsSourceV1, StartSettingsV1, StoredConfigV1, VmConfig,
 };
 use sm_control::id::VmId;
 use sm_control::privileges::{GuestCapabilities, Privileges};
@@ -55,6 +55,7 @@ fn config() -> VmConfig {
         Publication::hybrid("/y").unwrap(),
     ];
     config.publish_wait = Duration::from_millis(2500);
+    config.network = NetworkConfigV1::none();
     config
 }
 
@@ -211,8 +212,6 @@ fn records_keep_the_settings_of_starts() {
         mounts: Vec::new(),
         volumes_in_root: Vec::new(),
         shm_size: Some(2),
-        extra_hosts: vec![("10.0.0.1".into(), "a".into())],
-        nameservers: vec!["10.0.0.2".into()],
         start_timeout_ms: 7,
     };
     let record = RecordConfigV1 {
@@ -223,12 +222,21 @@ fn records_keep_the_settings_of_starts() {
     form["version"] = json!(1);
     form["start"] = json!({
         "source": {"image": {"cold": true}}, "cmdline": "quiet", "paging": "prefault",
-        "upper_size": 1, "shm_size": 2, "extra_hosts": [["10.0.0.1", "a"]],
-        "nameservers": ["10.0.0.2"], "start_timeout_ms": 7,
+        "upper_size": 1, "shm_size": 2, "start_timeout_ms": 7,
     });
     assert_eq!(serde_json::to_value(&record).unwrap(), form);
     let read = RecordConfigV1::from_record(form.to_string().as_bytes()).unwrap();
     assert_eq!(read, record);
+    // Early records have names for the guest here.
+    let mut names = form.clone();
+    names["start"]["extra_hosts"] = json!([["10.0.0.1", "a"]]);
+    names["start"]["nameservers"] = json!(["10.0.0.2"]);
+    let read = RecordConfigV1::from_record(names.to_string().as_bytes()).unwrap();
+    assert_eq!(read.start, record.start);
+    let mut network = NetworkConfigV1::none();
+    network.hosts = vec![("10.0.0.1".into(), "a".into())];
+    network.dns = vec!["10.0.0.2".parse().unwrap()];
+    assert_eq!(read.config.network, network);
     // Early records have none, and small ones have defaults.
     let early = RecordConfigV1::from_record(early(self::form()).to_string().as_bytes()).unwrap();
     assert_eq!(early.start, None);
@@ -239,10 +247,45 @@ fn records_keep_the_settings_of_starts() {
 }
 
 #[test]
+fn networks_are_written_and_read() {
+    let mut config = config();
+    let mut form = form();
+    // Without members, it is the default of an early version: none.
+    config.network = NetworkConfigV1::default();
+    form["network"] = json!({"mode": "user", "mtu": 1500});
+    assert_eq!(
+        serde_json::to_value(StoredConfigV1::from(config.clone())).unwrap(),
+        form
+    );
+    let network = &mut config.network;
+    network.allow = vec!["tcp:example.com:443".into()];
+    network.deny = vec!["10.0.0.0/8".into()];
+    network.dns = vec!["10.0.0.2".parse().unwrap()];
+    network.dns_search = vec!["a.example".into()];
+    network.dns_options = vec!["ndots:2".into()];
+    network.hosts = vec![("host-gateway".into(), "host".into())];
+    network.mac = Some("02:00:00:00:00:07".into());
+    network.mtu = 9000;
+    form["network"] = json!({
+        "mode": "user", "allow": ["tcp:example.com:443"], "deny": ["10.0.0.0/8"],
+        "dns": ["10.0.0.2"], "dns_search": ["a.example"], "dns_options": ["ndots:2"],
+        "hosts": [["host-gateway", "host"]], "mac": "02:00:00:00:00:07", "mtu": 9000,
+    });
+    assert_eq!(
+        serde_json::to_value(StoredConfigV1::from(config.clone())).unwrap(),
+        form
+    );
+    let read: StoredConfigV1 = serde_json::from_value(form).unwrap();
+    assert_eq!(VmConfig::from(read), config);
+}
+
+#[test]
 fn the_printed_form_is_that_of_scripts() {
+    let mut form = living_form();
+    form["network"] = json!({"mode": "none", "mtu": 1500});
     assert_eq!(
         serde_json::to_value(ConfigView::from(living())).unwrap(),
-        living_form()
+        form
     );
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use sm_control::config::{LaunchConfig, RestartPolicy};
+use sm_control::config::{LaunchConfig, NetworkConfigV1, RestartPolicy};
 use sm_control::exit::{ExitReason, ExitRecord, FailureCause};
 use sm_control::id::VmId;
 use sm_control::launch::{
@@ -59,6 +59,7 @@ fn config() -> LaunchConfig {
         restart: RestartPolicy::Always,
         health: None,
         expire_ms: None,
+        network: NetworkConfigV1::default(),
     }
 }
 
@@ -74,7 +75,7 @@ fn config_form() -> Value {
         "read_only": false, "stop_timeout_ms": 10_000,
         "publish": [{"host": {"tcp": "127.0.0.1:8080"}, "guest": 80}],
         "publish_wait_ms": 1000, "labels": {"a": "b"}, "restart": "always",
-        "health": null, "expire_ms": null,
+        "health": null, "expire_ms": null, "network": {"mode": "user", "mtu": 1500},
     })
 }
 
@@ -167,8 +168,6 @@ fn a_launch_request() {
         root_disk: None,
         upper_size: None,
         shm_size: Some(4096),
-        extra_hosts: vec![("a".into(), "10.0.0.1".into())],
-        nameservers: Vec::new(),
         mounts: Vec::new(),
         attach: true,
         columns: 80,
@@ -187,8 +186,8 @@ fn a_launch_request() {
         "source": {"image": {
             "root": [{"path": "/d", "offset": 0, "len": 4096}], "modules": null, "cold": false,
         }},
-        "paging": "map", "root_disk": null, "upper_size": null, "shm_size": 4096, "extra_hosts": [["a", "10.0.0.1"]],
-        "nameservers": [], "mounts": [], "attach": true, "columns": 80, "rows": 25,
+        "paging": "map", "root_disk": null, "upper_size": null, "shm_size": 4096,
+        "mounts": [], "attach": true, "columns": 80, "rows": 25,
         "start_timeout_ms": 60_000, "phases": [], "existing": true,
         "restarts": {"count": 2, "delay_ms": 200},
     });

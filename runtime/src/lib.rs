@@ -56,6 +56,7 @@ pub mod image;
 mod initramfs;
 pub mod kernel;
 pub mod logs;
+pub mod network;
 mod output_log;
 mod reaper;
 mod record;

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use rustix::io::Errno;
+use sm_control::network::{NETWORK_LOG, OLDER_NETWORK_LOG};
+pub use sm_control::network::{NetworkEvent, NetworkEventKind};
 use sm_control::{Control, ControlError, with_causes};
 
 use crate::Error;
@@ -41,6 +43,29 @@ fn log_error(record: &Record) -> impl Fn(io::Error) -> Error {
         path: path.clone(),
         source,
     }
+}
+
+/// Returns what the process of a VM has logged about its network, the oldest first.
+pub(crate) fn network_events(record: &Record) -> Result<Vec<NetworkEvent>, Error> {
+    let mut events = Vec::new();
+    for name in [OLDER_NETWORK_LOG, NETWORK_LOG] {
+        let path = record.directory().join(name);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => {
+                return Err(Error::File {
+                    operation: "read the log of the network",
+                    path,
+                    source,
+                });
+            }
+        };
+        // The last line may be incomplete.
+        let lines = text.lines();
+        events.extend(lines.filter_map(|line| serde_json::from_str(line).ok()));
+    }
+    Ok(events)
 }
 
 impl Logs {

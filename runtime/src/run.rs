@@ -270,8 +270,6 @@ fn request(
         root_disk: settings.root_disk,
         upper_size: settings.upper_size,
         shm_size: settings.shm_size,
-        extra_hosts: settings.extra_hosts.clone(),
-        nameservers: settings.nameservers.clone(),
         mounts: volumes::requests(&sm.volumes(), &settings.mounts)?,
         attach: false,
         columns: 80,

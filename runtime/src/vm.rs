@@ -309,8 +309,8 @@ impl Vm {
         })
     }
 
-    /// Changes parts of its configuration, also while it runs: its memory at once, the others
-    /// from its next stop or end on.
+    /// Changes parts of its configuration, also while it runs: its memory and the rules of its
+    /// network at once, the others from its next stop or end on.
     ///
     /// # Errors
     /// It cannot have the restart policy or the memory, or was removed, or does not answer.
@@ -322,16 +322,26 @@ impl Vm {
                 Ok(VmState::Exited(_) | VmState::Created)
             )
         };
-        if !update.changes_memory() || is_idle() {
-            return Ok(());
+        let config = self.record.config();
+        let memory = update.changes_memory().then_some(ControlCall::LimitMemory {
+            bytes: config.memory_limit,
+        });
+        let network = update.changes_network().then(|| ControlCall::NetworkRules {
+            allow: config.network.allow.clone(),
+            deny: config.network.deny.clone(),
+        });
+        for call in memory.into_iter().chain(network) {
+            if is_idle() {
+                break;
+            }
+            match self.call(&call) {
+                Ok(_) => {}
+                // It has ended, and finds the change when it is started again.
+                Err(_) if is_idle() => break,
+                Err(error) => return Err(error),
+            }
         }
-        let bytes = self.record.config().memory_limit;
-        match self.call(&ControlCall::LimitMemory { bytes }) {
-            Ok(_) => Ok(()),
-            // It has ended, and finds the limit when it is started again.
-            Err(_) if is_idle() => Ok(()),
-            Err(error) => Err(error),
-        }
+        Ok(())
     }
 
     fn change(
@@ -485,6 +495,15 @@ impl Vm {
     /// The log cannot be read.
     pub fn logs(&self) -> Result<Logs, Error> {
         Logs::open(self.record.clone())
+    }
+
+    /// Returns what the VM's process has logged about its network, the oldest first: flows of
+    /// the guest, and refusals, the same one once in ten seconds. Old ones are dropped.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub fn network_events(&self) -> Result<Vec<crate::logs::NetworkEvent>, Error> {
+        crate::logs::network_events(&self.record)
     }
 
     /// Returns the path of the guest's console log.

@@ -69,7 +69,7 @@ impl Cache {
             format!("{layer}-{mib}m-{vcpus}c-{short}")
         };
         // All parameters of attaching the root, except those that every start sends again
-        // (names and addresses).
+        // (host name and network).
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
             &image.root,

@@ -25,6 +25,9 @@ const MIN_PERSISTENT: usize = 128;
 /// Most descriptors for files of the host that a guest uses: open ones, and directories.
 const MOST_FILES: usize = 5120;
 const MIN_FILES: usize = 64;
+/// Most descriptors for connections of a guest to its network, and their minimum.
+const MOST_FLOWS: usize = 5632;
+const MIN_FLOWS: usize = 64;
 /// Minimum of each share where descriptors are too few.
 const LEAST: usize = 16;
 
@@ -57,15 +60,18 @@ pub(super) struct Descriptors {
     /// Maximum of files of the host that a guest has open, and of directories that are kept
     /// open beside them.
     pub(super) files: (u32, u32),
+    /// Maximum of connections of the guest to its network.
+    pub(super) flows: usize,
 }
 
 impl Descriptors {
-    /// Divides this process's descriptors, for the given number of listeners, and for files
-    /// of the host if they are mounted.
-    pub(super) fn of_this_process(listeners: usize, has_files: bool) -> Self {
+    /// Divides this process's descriptors, for the given number of listeners, for files of the
+    /// host if they are mounted, and for a network if there is one.
+    pub(super) fn of_this_process(listeners: usize, has_files: bool, has_network: bool) -> Self {
         let most = most();
         let files = if has_files { files(most) } else { 0 };
-        let (exec, published) = shares(most.saturating_sub(files), listeners);
+        let flows = if has_network { flows(most) } else { 0 };
+        let (exec, published) = shares(most.saturating_sub(files + flows), listeners);
         // At most `MOST_FILES`.
         let files = u32::try_from(files).unwrap_or(0);
         Self {
@@ -73,6 +79,7 @@ impl Descriptors {
             published: Limit::new(published),
             connections: exec + published + OTHERS,
             files: (files - files / 5, files / 5),
+            flows,
         }
     }
 }
@@ -99,6 +106,11 @@ fn files(most: usize) -> usize {
     (most / 4).clamp(MIN_FILES, MOST_FILES)
 }
 
+/// Returns the descriptors for connections of a guest to its network, out of `most`.
+fn flows(most: usize) -> usize {
+    (most / 4).clamp(MIN_FLOWS, MOST_FLOWS)
+}
+
 /// Returns the descriptors for exec and for published ports, out of `most`.
 fn shares(most: usize, listeners: usize) -> (usize, usize) {
     let reserve = RESERVE + persistent_clients(most) - MIN_PERSISTENT;
@@ -122,6 +134,7 @@ mod tests {
             assert!(exec + published + RESERVE + 3 <= most, "{most}");
         }
         assert_eq!((files(1024), files(1 << 20)), (256, MOST_FILES));
+        assert_eq!((flows(1024), flows(1 << 20)), (256, MOST_FLOWS));
         assert_eq!(shares(1024, 0), (64, 448));
         assert_eq!(shares(1024, 128), (16, 112));
         assert_eq!(shares(1 << 20, 10), (1024, 15_344));

@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sm_control::launch::{BalloonReport, SnapshotReport, StageTimes};
 use sm_control::publish::PublishedPort;
 use sm_devices_fs::HostChange;
+use sm_guest_proto::control::Refresh;
 use sm_snapshot::Error;
 use sm_snapshot::capture::RemovalGuard;
 use sm_snapshot::manifest::Layer;
@@ -26,6 +27,13 @@ pub(crate) trait GuestMachine {
     fn restored(&self) -> Option<Layer> {
         None
     }
+    /// Adds the guest's network to its identity.
+    fn describe_network(&self, refresh: &mut Refresh);
+    /// Replaces the rules of the network.
+    ///
+    /// # Errors
+    /// One of them is invalid, in a sentence; the rules are as before.
+    fn set_network_rules(&mut self, allow: Vec<String>, deny: Vec<String>) -> Result<(), String>;
     /// Called when the agent is ready and idle, before the machine gets its image and
     /// identity: the state of a base snapshot. Returns true if the machine is paused for
     /// one: [`SupervisorEvent::Captured`] follows.

@@ -141,6 +141,12 @@ mod serving;
 mod source;
 mod supervisor;
 
+/// Rules of networks, and their limits.
+pub mod network {
+    pub use crate::machine::{MAX_MTU, MIN_MTU};
+    pub use sm_devices_net::policy::{NetRule, NetRuleError, RuleTarget};
+}
+
 use environment::VmmEnvironment;
 pub use names::IMAGE_LABEL;
 #[cfg(any(test, feature = "testing"))]

@@ -3,6 +3,7 @@
 mod disks;
 mod guest;
 mod merging;
+mod network;
 mod shares;
 mod threads;
 mod writable;
@@ -13,13 +14,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sm_control::config::LaunchConfig;
+use sm_control::config::{LaunchConfig, NetworkMode};
 use sm_control::id::random;
 use sm_control::launch::{LaunchRequest, Paging, StartSource};
 use sm_control::timings::{Phase, monotonic_ns};
 use sm_control::with_causes;
 use sm_devices_fs::{Fs, Watches};
-use sm_devices_net::{Net, NetConfig};
 use sm_devices_vsock::{MuxerHandle, Vsock, VsockConfig};
 use sm_event_loop::EventLoop;
 use sm_frontends::{ForwardTarget, FrontendHandle, UnixFrontend};
@@ -32,7 +32,7 @@ use sm_snapshot::store::SnapshotStore;
 use sm_snapshot::userfault::Pager;
 use sm_vmm_core::devices::DeviceConfig;
 use sm_vmm_core::exit::ExitLatch;
-use sm_vmm_core::layout::{SLOT_BALLOON, SLOT_FS, SLOT_NET, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
+use sm_vmm_core::layout::{SLOT_BALLOON, SLOT_FS, SLOT_RNG, SLOT_ROOT_DISK, SLOT_VSOCK};
 use sm_vmm_core::loader::{BASE_COMMAND_LINE, InitramfsPart};
 use sm_vmm_core::machine::{Machine, MachineConfig};
 use sm_vmm_core::memory::MemoryConfig;
@@ -42,6 +42,8 @@ use sm_vmm_core::virtio::disk::Disk;
 use sm_vmm_core::virtio::rng::Rng;
 
 use self::merging::Merging;
+use self::network::Network;
+pub use self::network::{MAX_MTU, MIN_MTU};
 use self::threads::EndingThreads;
 use self::writable::WritableDisk;
 use super::cache;
@@ -57,10 +59,6 @@ use super::saved::{Content, Plan, Saved, SavedShare};
 use super::serving::{ListenerDeps, Published};
 use super::source::{ResolvedSource, StartPlan};
 use crate::names::EPHEMERAL_LABEL;
-
-/// MAC address of the network device when the machine is made. The agent sets another one,
-/// which is no other machine's, with the guest's identity.
-const MAC: [u8; 6] = [2, 0x73, 0x6d, 0, 0, 1];
 
 /// A running machine with its devices and frontends.
 pub(crate) struct RunningMachine {
@@ -103,6 +101,7 @@ pub(crate) struct RunningMachine {
     exec: FrontendHandle,
     published: Published,
     _event_loop: EventLoop,
+    network: Network,
     /// The snapshot with the mapped pages.
     source: Option<SourceSnapshot>,
 }
@@ -269,8 +268,18 @@ fn begin(
         paging::disable_huge_pages();
     }
     let event_loop = EventLoop::spawn("sm-devices").map_err(failed("start the event loop"))?;
-    let descriptors =
-        Descriptors::of_this_process(request.config.publish.len(), shares::has_any(request));
+    let network = &request.config.network;
+    let descriptors = Descriptors::of_this_process(
+        request.config.publish.len(),
+        shares::has_any(request),
+        network.mode != NetworkMode::None,
+    );
+    let (network, network_device) = Network::start(
+        network,
+        descriptors.flows,
+        record.directory(),
+        restored == Some(Layer::App),
+    )?;
     let config = VsockConfig::default().max_connections(descriptors.connections);
     let (vsock, muxer) = Vsock::new(config).map_err(failed("make the vsock device"))?;
     listen_for_agent(&muxer, events.clone());
@@ -309,7 +318,7 @@ fn begin(
         DeviceConfig::new(SLOT_VSOCK, vsock),
         DeviceConfig::new(SLOT_ROOT_DISK, root.clone()),
         device(SLOT_RNG, Rng::new()),
-        device(SLOT_NET, Net::new(NetConfig::new(MAC))),
+        network_device,
         DeviceConfig::new(SLOT_BALLOON, balloon.clone()),
         DeviceConfig::new(SLOT_FS, fs.clone()),
     ]);
@@ -360,6 +369,7 @@ fn begin(
         exec,
         published,
         _event_loop: event_loop,
+        network,
         source,
     };
     if restored.is_some() {

@@ -302,7 +302,7 @@ mod tests {
                 sm_control::config::VmConfig::new(id, "web")
             ),
             "purpose": "workload", "cmdline": "", "source": {"snapshot": "s"}, "paging": "map", "upper_size": null,
-            "shm_size": null, "extra_hosts": [], "nameservers": [], "attach": false,
+            "shm_size": null, "attach": false,
             "columns": 80, "rows": 24, "start_timeout_ms": 1, "phases": [], "existing": true,
             "restarts": {"count": 3, "delay_ms": 100},
         });

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use clap::Args;
 use sm_runtime::RestartPolicy;
+use sm_runtime::network::NetRule;
 
+use super::network::RULE;
 use crate::units::{parse_duration, parse_size};
 
 /// Options of new VMs.
@@ -92,6 +94,16 @@ pub(crate) struct UpdateArgs {
     /// created with. The guest returns the rest to the host
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory: Option<u64>,
+    /// Let the guest reach only this from now on, instead of what it was allowed before (see
+    /// "sm run --help")
+    #[arg(long, value_name = RULE, value_delimiter = ',')]
+    pub(crate) allow_net: Vec<NetRule>,
+    /// Do not let the guest reach this, instead of what was denied before
+    #[arg(long, value_name = RULE, value_delimiter = ',')]
+    pub(crate) deny_net: Vec<NetRule>,
+    /// Remove all rules of the network before others are set
+    #[arg(long)]
+    pub(crate) clear_net: bool,
     /// Add a label, or change its value
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub(crate) label: Vec<String>,

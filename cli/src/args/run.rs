@@ -10,6 +10,7 @@ use sm_runtime::volumes::Mount;
 use sm_runtime::{Publication, RootStorage};
 
 use super::life::LifeArgs;
+use super::network::NetworkArgs;
 use super::privileges::PrivilegeArgs;
 use super::{IMAGE_HELP, PLATFORM, PLATFORM_HELP};
 use crate::units::{self, parse_cpus, parse_publish_wait, parse_size};
@@ -98,12 +99,8 @@ pub(crate) struct CreateArgs {
     /// Host name of the guest
     #[arg(long, value_name = "NAME")]
     pub(crate) hostname: Option<String>,
-    /// Add a line to the guest's /etc/hosts
-    #[arg(long, value_name = "NAME:ADDRESS")]
-    pub(crate) add_host: Vec<String>,
-    /// Name server of the guest
-    #[arg(long, value_name = "ADDRESS")]
-    pub(crate) dns: Vec<String>,
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
     /// Publish a port of the guest on the host: on 127.0.0.1 unless an address is given,
     /// on a port that the system chooses unless one is given; auto publishes the first
     /// port on which the guest listens. Ranges: 8000-8010:9000-9010

@@ -96,6 +96,10 @@ pub(crate) fn update(sm: &Sm, args: &UpdateArgs, printer: &Printer) -> Result<u3
     if let Some(bytes) = args.memory {
         update = update.memory(bytes);
     }
+    update = update
+        .clear_net(args.clear_net)
+        .allow_net(args.allow_net.iter().cloned())
+        .deny_net(args.deny_net.iter().cloned());
     for label in &args.label {
         let (name, value) = parse_label(label)?;
         update = update.label(name, value);

@@ -17,6 +17,9 @@ pub(crate) fn logs(sm: &Sm, args: &LogsArgs) -> Result<u32, Failure> {
     if args.console {
         return console(&vm, args.tail);
     }
+    if args.net {
+        return network(&vm, args);
+    }
     let asked_for = |record: &LogRecord| {
         let (since, until) = (args.since.unwrap_or(0), args.until.unwrap_or(u64::MAX));
         (since..=until).contains(&record.time_ns)
@@ -41,6 +44,24 @@ pub(crate) fn logs(sm: &Sm, args: &LogsArgs) -> Result<u32, Failure> {
             if late || (asked_for(&record) && !sink.write(&record)) {
                 break;
             }
+        }
+    }
+    Ok(0)
+}
+
+/// Prints the events of the network, a line of JSON each.
+fn network(vm: &Vm, args: &LogsArgs) -> Result<u32, Failure> {
+    let (since, until) = (args.since.unwrap_or(0), args.until.unwrap_or(u64::MAX));
+    let mut events = vm.network_events()?;
+    events.retain(|event| (since..=until).contains(&event.time_ns));
+    let first = args
+        .tail
+        .map_or(0, |count| events.len().saturating_sub(count));
+    let mut out = io::stdout().lock();
+    for event in events.iter().skip(first) {
+        if writeln!(out, "{}", serde_json::to_string(event)?).is_err() {
+            // The reader is gone.
+            break;
         }
     }
     Ok(0)

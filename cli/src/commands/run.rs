@@ -279,6 +279,7 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
         .terminal_size(columns, rows)
         .start_timeout(Duration::from_secs(args.start_timeout))
         .publish_wait(args.publish_wait)
+        .network(args.network.options())
         .phases(vec![begin]);
     options = life(&args.life, options)?;
     // Omitted options must not count as requests for the default.
@@ -309,20 +310,11 @@ fn options(begin: Phase, args: &CreateArgs) -> anyhow::Result<RunOptions> {
     for (vm, read_only) in &args.volumes_from {
         options = options.volumes_from(vm.as_str(), *read_only);
     }
-    for host in &args.add_host {
-        let Some((name, address)) = host.split_once(':') else {
-            bail!("\"{host}\" is not a host: write NAME:ADDRESS");
-        };
-        options = options.host(name, address);
-    }
     let plain = args.publish.iter().flat_map(|Ports(ports)| ports);
     let ports = plain.chain(&args.publish_tls);
     let sockets = args.publish_unix.iter().chain(&args.handoff);
     for publication in ports.chain(sockets).chain(&args.hybrid_vsock) {
         options = options.publish(publication.clone());
-    }
-    for address in &args.dns {
-        options = options.nameserver(address.as_str());
     }
     Ok(options)
 }

@@ -1,7 +1,10 @@
 //! VMs with the names that Docker's templates and JSON have for containers.
 
 use serde_json::{Map, Value, json};
-use sm_runtime::{ExitRecord, Inspection, MountKindView, MountView, VmConfig, VmStatus};
+use sm_runtime::publish::HostEnd;
+use sm_runtime::{
+    ExitRecord, Inspection, MountKindView, MountView, Publication, VmConfig, VmStatus,
+};
 
 use crate::failure::Failure;
 use crate::listing::joined;
@@ -36,7 +39,11 @@ pub(super) fn row(vm: &Inspection, cells: [String; 7]) -> Value {
 pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
     let mut shown = serde_json::to_value(vm)?;
     let config = &vm.config;
-    let workload = &config.workload;
+    let (workload, network) = (&config.workload, &config.network);
+    let extra_hosts = network.hosts.iter();
+    let extra_hosts: Vec<String> = extra_hosts
+        .map(|(address, name)| format!("{name}:{address}"))
+        .collect();
     let dockers = json!({
         "Id": config.id,
         "Name": config.name,
@@ -45,6 +52,7 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
         "RestartCount": vm.state.restarts,
         "State": state(vm),
         "Mounts": vm.storage.mounts.iter().map(mount).collect::<Vec<_>>(),
+        "NetworkSettings": network_settings(vm),
         "Config": {
             "Image": config.image, "Cmd": workload.argv, "Env": workload.env,
             "User": workload.user, "WorkingDir": workload.cwd, "Tty": workload.tty,
@@ -55,6 +63,9 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
             "AutoRemove": config.auto_remove, "Memory": memory(config),
             "NanoCpus": u64::from(config.cpus).saturating_mul(1_000_000_000),
             "ReadonlyRootfs": config.read_only,
+            "NetworkMode": network.mode.as_str(), "Dns": network.dns,
+            "DnsSearch": network.dns_search, "DnsOptions": network.dns_options,
+            "ExtraHosts": extra_hosts,
             "RestartPolicy": {"Name": policy_name(&config.restart.to_string()),
                 "MaximumRetryCount": retries(&config.restart.to_string())},
         },
@@ -63,6 +74,39 @@ pub(super) fn inspection(vm: &Inspection) -> Result<Value, Failure> {
         shown.extend(dockers);
     }
     Ok(shown)
+}
+
+/// Returns the published ports by those of the guest, and the network. A guest's addresses are
+/// the same in all VMs, and of no use on the host.
+fn network_settings(vm: &Inspection) -> Value {
+    let mut ports = Map::new();
+    for port in &vm.state.published {
+        let Publication { host, guest, .. } = &port.publication;
+        let address = match host {
+            HostEnd::Tcp(address) => address,
+            HostEnd::Tls(end) => &end.address,
+            _ => continue,
+        };
+        // The first port on which the guest listens has no number.
+        let Some(guest) = guest else { continue };
+        let host = json!({"HostIp": address.ip(), "HostPort": address.port().to_string()});
+        let entry = ports.entry(format!("{guest}/tcp"));
+        let hosts = entry.or_insert_with(|| json!([]));
+        if let Value::Array(hosts) = hosts {
+            hosts.push(host);
+        }
+    }
+    let mut networks = Map::new();
+    let network = &vm.config.network;
+    networks.insert(
+        network.mode.as_str().to_owned(),
+        json!({"MacAddress": network.mac.as_deref().unwrap_or_default()}),
+    );
+    json!({
+        "Ports": ports,
+        "MacAddress": network.mac.as_deref().unwrap_or_default(),
+        "Networks": networks,
+    })
 }
 
 /// Returns the memory that a VM may use.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    HealthCheck, RestartPolicy, VmConfig, from_ns, from_wait_ms, to_ms, to_ns, to_wait_ms,
+    HealthCheck, NetworkConfigV1, RestartPolicy, VmConfig, from_ns, from_wait_ms, to_ms, to_ns,
+    to_wait_ms,
 };
 use crate::id::VmId;
 use crate::publish::Publication;
@@ -56,6 +57,8 @@ pub struct LaunchConfig {
     pub health: Option<HealthCheck>,
     /// Milliseconds that each run may take.
     pub expire_ms: Option<u64>,
+    /// Its network.
+    pub network: NetworkConfigV1,
 }
 
 impl From<VmConfig> for LaunchConfig {
@@ -80,6 +83,7 @@ impl From<VmConfig> for LaunchConfig {
             restart,
             health,
             expire,
+            network,
         } = config;
         Self {
             id,
@@ -101,6 +105,7 @@ impl From<VmConfig> for LaunchConfig {
             restart,
             health,
             expire_ms: expire.map(to_ms),
+            network,
         }
     }
 }
@@ -127,6 +132,7 @@ impl From<LaunchConfig> for VmConfig {
             restart,
             health,
             expire_ms,
+            network,
         } = config;
         Self {
             id,
@@ -148,6 +154,7 @@ impl From<LaunchConfig> for VmConfig {
             restart,
             health,
             expire: expire_ms.map(Duration::from_millis),
+            network,
         }
     }
 }

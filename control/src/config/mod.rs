@@ -14,6 +14,7 @@
 mod host_options;
 mod launch;
 mod life;
+mod network;
 mod record;
 mod start;
 pub mod stored;
@@ -26,6 +27,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub use self::host_options::{HostChown, HostOptionError, HostOptionsV1, HostOwner};
 pub use self::launch::LaunchConfig;
 pub use self::life::{RestartPolicy, UnknownPolicy};
+pub use self::network::{HOST_GATEWAY, NetworkConfigV1, NetworkMode};
 pub use self::record::{RecordConfigV1, RecordFormError};
 pub use self::start::{MountSourceV1, MountV1, SettingsSourceV1, StartSettingsV1};
 pub use self::stored::StoredConfigV1;
@@ -86,6 +88,8 @@ pub struct VmConfig {
     pub health: Option<HealthCheck>,
     /// Time that each run may take, after which the VM is stopped.
     pub expire: Option<Duration>,
+    /// Its network.
+    pub network: NetworkConfigV1,
 }
 
 impl VmConfig {
@@ -113,6 +117,7 @@ impl VmConfig {
             restart: RestartPolicy::No,
             health: None,
             expire: None,
+            network: NetworkConfigV1::default(),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The configuration in a VM's record.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -66,12 +68,31 @@ impl RecordConfigV1 {
             #[serde(default)]
             start: Option<StartSettingsV1>,
         }
+        /// Members that are part of the network since there is one.
+        #[derive(Deserialize)]
+        struct Early {
+            #[serde(default)]
+            start: EarlyNames,
+        }
+        #[derive(Default, Deserialize)]
+        #[serde(default)]
+        struct EarlyNames {
+            extra_hosts: Vec<(String, String)>,
+            nameservers: Vec<IpAddr>,
+        }
         match serde_json::from_slice::<Version>(json)?.version {
-            FIRST => Ok(Self {
-                version: FIRST,
-                config: serde_json::from_slice(json)?,
-                start: serde_json::from_slice::<Start>(json)?.start,
-            }),
+            FIRST => {
+                let mut config: StoredConfigV1 = serde_json::from_slice(json)?;
+                if let Ok(Early { start: early }) = serde_json::from_slice(json) {
+                    config.network.hosts.extend(early.extra_hosts);
+                    config.network.dns.extend(early.nameservers);
+                }
+                Ok(Self {
+                    version: FIRST,
+                    config,
+                    start: serde_json::from_slice::<Start>(json)?.start,
+                })
+            }
             other => Err(RecordFormError::UnknownVersion(other)),
         }
     }

@@ -30,12 +30,6 @@ pub struct StartSettingsV1 {
     /// Size of `/dev/shm` in bytes; absent for the guest's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shm_size: Option<u64>,
-    /// Additional entries of `/etc/hosts`: address and name.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub extra_hosts: Vec<(String, String)>,
-    /// Name servers for `/etc/resolv.conf`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub nameservers: Vec<String>,
     /// Mounts in the workload's file system.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<MountV1>,

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::life::is_default;
 use super::{
-    HealthCheck, LaunchConfig, RestartPolicy, VmConfig, default_wait_ms, from_ns, from_wait_ms,
-    to_ms, to_ns, to_wait_ms,
+    HealthCheck, LaunchConfig, NetworkConfigV1, RestartPolicy, VmConfig, default_wait_ms, from_ns,
+    from_wait_ms, to_ms, to_ns, to_wait_ms,
 };
 use crate::id::VmId;
 use crate::privileges::Privileges;
@@ -72,6 +72,12 @@ pub struct StoredConfigV1 {
     /// Milliseconds that each run may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expire_ms: Option<u64>,
+    /// Its network.
+    #[serde(
+        default = "NetworkConfigV1::none",
+        skip_serializing_if = "NetworkConfigV1::is_none"
+    )]
+    pub network: NetworkConfigV1,
 }
 
 /// A [`Workload`].
@@ -182,6 +188,7 @@ impl From<VmConfig> for StoredConfigV1 {
             restart,
             health,
             expire,
+            network,
         } = config;
         Self {
             id,
@@ -203,6 +210,7 @@ impl From<VmConfig> for StoredConfigV1 {
             restart,
             health,
             expire_ms: expire.map(to_ms),
+            network,
         }
     }
 }
@@ -229,6 +237,7 @@ impl From<StoredConfigV1> for VmConfig {
             restart,
             health,
             expire_ms,
+            network,
         } = config;
         Self {
             id,
@@ -250,6 +259,7 @@ impl From<StoredConfigV1> for VmConfig {
             restart,
             health,
             expire: expire_ms.map(Duration::from_millis),
+            network,
         }
     }
 }

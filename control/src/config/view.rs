@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::stored::{PublicationV1, WorkloadV1};
-use super::{HealthCheck, RestartPolicy, VmConfig, to_ms, to_ns, to_wait_ms};
+use super::{HealthCheck, NetworkConfigV1, RestartPolicy, VmConfig, to_ms, to_ns, to_wait_ms};
 use crate::id::VmId;
 
 /// The configuration as it is printed. Members are added, but not renamed or removed.
@@ -51,6 +51,8 @@ pub struct ConfigView {
     pub health: Option<HealthCheck>,
     /// Milliseconds that each run may take.
     pub expire_ms: Option<u64>,
+    /// Its network.
+    pub network: NetworkConfigV1,
 }
 
 impl From<VmConfig> for ConfigView {
@@ -75,6 +77,7 @@ impl From<VmConfig> for ConfigView {
             restart,
             health,
             expire,
+            network,
         } = config;
         Self {
             id,
@@ -96,6 +99,7 @@ impl From<VmConfig> for ConfigView {
             restart,
             health,
             expire_ms: expire.map(to_ms),
+            network,
         }
     }
 }

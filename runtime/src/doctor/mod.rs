@@ -1,6 +1,7 @@
 //! Checks of this host's ability to run VMs, with remedies.
 
 mod creation;
+mod ping;
 
 use serde::Serialize;
 use sm_control::with_causes;
@@ -67,6 +68,7 @@ fn examine(sm: &Sm) -> Vec<Check> {
                 .map_err(|error| with_causes(&error)),
         ),
         check("memory", memory()),
+        check("network", Ok(ping::describe())),
     ]);
     checks
 }

@@ -95,6 +95,29 @@ pub enum OptionError {
         /// The prefix.
         prefix: &'static str,
     },
+    /// No packet of the network has this length.
+    #[error("the MTU of a network is from {minimum} to {maximum}, and not {mtu}")]
+    Mtu {
+        /// The requested MTU in bytes.
+        mtu: u16,
+        /// The smallest one.
+        minimum: u16,
+        /// The largest one.
+        maximum: u16,
+    },
+    /// A search domain, or an option of the resolver, is none.
+    #[error("\"{0}\" is no word of resolv.conf")]
+    ResolverWord(String),
+    /// A list of options is too long.
+    #[error("{count} {what} are too many for a guest: give it at most {maximum}")]
+    TooMany {
+        /// The entries.
+        what: &'static str,
+        /// Their number.
+        count: usize,
+        /// The largest number.
+        maximum: usize,
+    },
     /// A VM that is removed at its exit cannot be started again.
     #[error("a VM that is removed at its exit cannot have a restart policy")]
     RestartOfRemoved,
@@ -133,12 +156,6 @@ pub enum FixedOption {
     /// Size of `/dev/shm`.
     #[error("the size of /dev/shm")]
     ShmSize,
-    /// Entries of `/etc/hosts`.
-    #[error("the list of hosts")]
-    Hosts,
-    /// Name servers.
-    #[error("the list of name servers")]
-    NameServers,
 }
 
 fn mebibytes(bytes: u64) -> String {

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Instant;
 
+use sm_control::config::NetworkConfigV1;
 use sm_control::config::{MountSourceV1, MountV1, SettingsSourceV1, StartSettingsV1, VmConfig};
 use sm_control::launch::{LaunchPurpose, LaunchRequest};
 use sm_control::session::{Event, Session};
@@ -136,6 +137,8 @@ fn config_for_files(config: &VmConfig) -> VmConfig {
     own.cpus = config.cpus;
     own.kernel.clone_from(&config.kernel);
     own.read_only = config.read_only;
+    // No program of the VM runs in it.
+    own.network = NetworkConfigV1::none();
     own
 }
 

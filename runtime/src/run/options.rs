@@ -11,6 +11,7 @@ use sm_control::timings::Phase;
 use sm_guest_proto::forward::MAX_WAIT_MS;
 
 use super::HealthOptions;
+use crate::network::NetworkOptions;
 use crate::sm::Sm;
 use crate::volumes::{Mount, MountPlan, VolumesOf, plan};
 use crate::workload::Overrides;
@@ -78,8 +79,7 @@ pub struct RunOptions {
     pub(crate) volumes_of: Vec<VolumesOf>,
     /// See [`MountPlan::in_root`].
     volumes_in_root: Vec<String>,
-    pub(crate) extra_hosts: Vec<(String, String)>,
-    pub(crate) nameservers: Vec<String>,
+    pub(crate) network: NetworkOptions,
     pub(crate) stop_timeout: Option<Duration>,
     pub(super) start_timeout: Duration,
     pub(crate) cmdline: String,
@@ -112,8 +112,7 @@ impl Default for RunOptions {
             mounts: Vec::new(),
             volumes_of: Vec::new(),
             volumes_in_root: Vec::new(),
-            extra_hosts: Vec::new(),
-            nameservers: Vec::new(),
+            network: NetworkOptions::default(),
             stop_timeout: None,
             start_timeout: Duration::from_secs(120),
             cmdline: String::new(),
@@ -273,17 +272,10 @@ impl RunOptions {
         self
     }
 
-    /// Adds a line to `/etc/hosts`.
+    /// Sets the network; the default is [`NetworkOptions::default`].
     #[must_use]
-    pub fn host(mut self, name: impl Into<String>, address: impl Into<String>) -> Self {
-        self.extra_hosts.push((address.into(), name.into()));
-        self
-    }
-
-    /// Adds a name server.
-    #[must_use]
-    pub fn nameserver(mut self, address: impl Into<String>) -> Self {
-        self.nameservers.push(address.into());
+    pub fn network(mut self, network: NetworkOptions) -> Self {
+        self.network = network;
         self
     }
 
@@ -381,6 +373,7 @@ impl RunOptions {
         config.restart = self.restart;
         config.expire = self.expire;
         config.health = self.health.applied_to(config.health.take());
+        config.network = self.network.applied_to(&config.network);
     }
 
     /// Returns the settings of starts with these options.
@@ -393,8 +386,6 @@ impl RunOptions {
             root_disk,
             upper_size,
             shm_size: self.shm_size,
-            extra_hosts: self.extra_hosts.clone(),
-            nameservers: self.nameservers.clone(),
             mounts: self.mounts.iter().map(Mount::stored).collect(),
             volumes_in_root: self.volumes_in_root.clone(),
             start_timeout_ms: super::millis(self.start_timeout),
@@ -435,6 +426,7 @@ impl RunOptions {
             }
             .into());
         }
+        self.network.check()?;
         if self.cpus == Some(0) {
             return Err(OptionError::Cpus.into());
         }

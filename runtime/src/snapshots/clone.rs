@@ -85,8 +85,8 @@ impl Snapshot {
     }
 
     /// Starts a VM that continues the workload, and returns once it runs. Of the options,
-    /// name, host name, published ports, attachment, timeouts, paging, removal and mounts of
-    /// the host apply ([`Self::shares`]); the rest is as in the snapshot.
+    /// name, host name, published ports, network, attachment, timeouts, paging, removal and
+    /// mounts of the host apply ([`Self::shares`]); the rest is as in the snapshot.
     ///
     /// # Errors
     /// See [`Error`]; among them an option that cannot be changed in a snapshot.
@@ -171,12 +171,6 @@ fn check(made_of: &VmConfig, options: &RunOptions) -> Result<(), Error> {
     // The snapshot does not contain the current value.
     if options.shm_size.is_some() {
         return fixed(FixedOption::ShmSize);
-    }
-    if !options.extra_hosts.is_empty() {
-        return fixed(FixedOption::Hosts);
-    }
-    if !options.nameservers.is_empty() {
-        return fixed(FixedOption::NameServers);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sm_control::config::RestartPolicy;
 
+use crate::network::{NetRule, NetworkOptions};
 use crate::record::VmConfig;
 use crate::{Error, MIN_MEMORY, OptionError};
 
@@ -15,6 +16,9 @@ pub struct VmUpdate {
     stop_timeout: Option<Duration>,
     memory: Option<u64>,
     labels: Vec<(String, Option<String>)>,
+    clear_rules: bool,
+    allow: Vec<NetRule>,
+    deny: Vec<NetRule>,
 }
 
 impl VmUpdate {
@@ -62,6 +66,34 @@ impl VmUpdate {
         self
     }
 
+    /// Sets what the guest may reach, instead of the rules that the VM has, if there are any
+    /// here. A guest that runs gets them at once: connections that they refuse end.
+    #[must_use]
+    pub fn allow_net(mut self, rules: impl IntoIterator<Item = NetRule>) -> Self {
+        self.allow.extend(rules);
+        self
+    }
+
+    /// Sets what the guest may not reach, as [`Self::allow_net`].
+    #[must_use]
+    pub fn deny_net(mut self, rules: impl IntoIterator<Item = NetRule>) -> Self {
+        self.deny.extend(rules);
+        self
+    }
+
+    /// Removes all rules of the network before others are set: without any, the guest may
+    /// reach public addresses.
+    #[must_use]
+    pub fn clear_net(mut self, yes: bool) -> Self {
+        self.clear_rules = yes;
+        self
+    }
+
+    /// Returns true if the network of a running guest changes.
+    pub(super) fn changes_network(&self) -> bool {
+        self.clear_rules || !self.allow.is_empty() || !self.deny.is_empty()
+    }
+
     /// Returns true if a running guest has to be notified.
     pub(super) fn changes_memory(&self) -> bool {
         self.memory.is_some()
@@ -80,6 +112,17 @@ impl VmUpdate {
         if let Some(bytes) = self.memory {
             config.memory_limit = limit(bytes, config.memory_bytes)?;
         }
+        if self.clear_rules {
+            config.network.allow.clear();
+            config.network.deny.clear();
+        }
+        let mut rules = NetworkOptions::default();
+        rules.allow.clone_from(&self.allow);
+        rules.deny.clone_from(&self.deny);
+        rules.check()?;
+        let mac = config.network.mac.take();
+        config.network = rules.applied_to(&config.network);
+        config.network.mac = mac;
         for (name, value) in &self.labels {
             match value {
                 Some(value) => config.labels.insert(name.clone(), value.clone()),
@@ -107,6 +150,34 @@ fn limit(bytes: u64, all: u64) -> Result<Option<u64>, OptionError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_of_the_network_are_replaced() {
+        let mut config = VmConfig::new(sm_control::id::VmId::generate(), "web");
+        config.network.mac = Some("02:00:00:00:00:07".into());
+        config.network.deny = vec!["10.0.0.0/8".into()];
+        let unchanged = config.network.clone();
+        let update = VmUpdate::new().label("a", "b");
+        assert!(!update.changes_network());
+        update.apply(&mut config).unwrap();
+        assert_eq!(config.network, unchanged);
+        let update = VmUpdate::new().allow_net(["host".parse().unwrap()]);
+        assert!(update.changes_network());
+        update.apply(&mut config).unwrap();
+        assert_eq!(
+            (&config.network.allow[..], &config.network.deny),
+            (&["host".to_owned()][..], &unchanged.deny)
+        );
+        let update = VmUpdate::new()
+            .clear_net(true)
+            .deny_net(["all".parse().unwrap()]);
+        update.apply(&mut config).unwrap();
+        assert_eq!(
+            (config.network.allow.len(), &config.network.deny[..]),
+            (0, &["all".to_owned()][..])
+        );
+        assert_eq!(config.network.mac, unchanged.mac);
+    }
 
     #[test]
     fn a_limit_of_memory_is_at_most_what_the_vm_has() {

@@ -11,6 +11,7 @@ use sm_control::publish::PublishedPort;
 use sm_control::with_causes;
 use sm_devices_fs::HostChange;
 use sm_devices_vsock::ConnectOptions;
+use sm_guest_proto::control::Refresh;
 use sm_snapshot::manifest::Layer;
 use sm_vmm_core::exit::MachineExit;
 
@@ -90,6 +91,19 @@ impl RunningMachine {
 impl GuestMachine for RunningMachine {
     fn restored(&self) -> Option<Layer> {
         self.restored
+    }
+
+    fn describe_network(&self, refresh: &mut Refresh) {
+        self.network.describe(&self.config.network, refresh);
+    }
+
+    fn set_network_rules(&mut self, allow: Vec<String>, deny: Vec<String>) -> Result<(), String> {
+        let mut network = self.config.network.clone();
+        (network.allow, network.deny) = (allow, deny);
+        self.network.set_rules(&network)?;
+        // Those of the next snapshot.
+        self.config.network = network;
+        Ok(())
     }
 
     fn agent_ready(&mut self) -> Result<bool, String> {

@@ -305,6 +305,10 @@ impl<G: GuestMachine> Supervisor<G> {
                 self.limit_memory(bytes);
                 ControlAnswer::Done
             }
+            ControlCall::NetworkRules {
+                ref allow,
+                ref deny,
+            } => self.set_network_rules(allow, deny),
             ControlCall::Stats => return self.stats(id),
             ControlCall::Profile { on } => ControlAnswer::Profile(
                 self.guest
@@ -453,6 +457,19 @@ impl<G: GuestMachine> Supervisor<G> {
         {
             guest.limit_memory(bytes);
         }
+    }
+
+    /// Replaces the rules of the network, now and for further runs.
+    fn set_network_rules(&mut self, allow: &[String], deny: &[String]) -> ControlAnswer {
+        let (allow, deny) = (allow.to_vec(), deny.to_vec());
+        if let Some(guest) = &mut self.guest
+            && let Err(text) = guest.set_network_rules(allow.clone(), deny.clone())
+        {
+            return ControlAnswer::Error(text);
+        }
+        let network = &mut self.request.config.network;
+        (network.allow, network.deny) = (allow, deny);
+        ControlAnswer::Done
     }
 
     fn stats(&mut self, id: u64) {

@@ -8,7 +8,7 @@ use sm_control::exit::FailureCause;
 use sm_control::id::{hex, random};
 use sm_control::launch::{ControlAnswer, StartSource, VmIdentityReport, VmmReport};
 use sm_control::timings::unix_nanos;
-use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, GuestDns, Refresh, Upper};
+use sm_guest_proto::control::{AttachRoot, ControlReply, ControlRequest, Refresh, Upper};
 use sm_guest_proto::exec::{ExecControl, ExecReply, Hello};
 use sm_guest_proto::frame::{self, FrameType};
 use sm_guest_proto::{PROTOCOL_VERSION, port};
@@ -99,10 +99,7 @@ impl<G: GuestMachine> Supervisor<G> {
     /// The agent is listening, so the time in the request is still right when it arrives.
     /// The following requests are pipelined: the guest never waits for the host.
     fn prepare_guest(&mut self) {
-        let (refresh, root) = match self.new_identity() {
-            Ok(refresh) => (refresh, self.attach_root()),
-            Err(message) => return self.start_failed(&message),
-        };
+        let (refresh, root) = (self.new_identity(), self.attach_root());
         self.epoch.clone_from(&refresh.epoch);
         let needs_root = matches!(self.restored(), None | Some(Layer::Base))
             && !matches!(self.request.source, StartSource::IdentityReport(_));
@@ -121,31 +118,27 @@ impl<G: GuestMachine> Supervisor<G> {
         self.guest.as_ref().and_then(GuestMachine::restored)
     }
 
-    fn new_identity(&self) -> Result<Refresh, String> {
+    fn new_identity(&self) -> Refresh {
         let uuid = || uuid::Uuid::new_v4().to_string();
-        let nameservers = self.request.nameservers.iter().map(|server| {
-            let parsed = server.parse();
-            parsed.map_err(|_| format!("name server \"{server}\" is not an IP address"))
-        });
-        Ok(Refresh {
+        let mac = self.request.config.network.mac.clone();
+        let mut refresh = Refresh {
             epoch: uuid(),
             entropy: random::<64>().to_vec(),
             realtime_ns: unix_nanos(),
             hostname: self.request.config.workload.hostname.clone(),
             machine_id: hex(&random::<16>()),
             boot_id: uuid(),
-            mac: Some(local_mac()),
-            network: None,
-            dns: GuestDns {
-                nameservers: nameservers.collect::<Result<_, _>>()?,
-                ..GuestDns::default()
-            },
-            hosts: self.request.extra_hosts.clone(),
+            mac: Some(mac.unwrap_or_else(local_mac)),
             vmgenid_wait_ms: match self.restored() {
                 None => 0,
                 Some(_) => VMGENID_WAIT_MS,
             },
-        })
+            ..Refresh::default()
+        };
+        if let Some(guest) = &self.guest {
+            guest.describe_network(&mut refresh);
+        }
+        refresh
     }
 
     fn attach_root(&self) -> AttachRoot {

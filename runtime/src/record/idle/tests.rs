@@ -240,8 +240,6 @@ fn the_settings_of_starts_are_kept() {
         mounts: Vec::new(),
         volumes_in_root: Vec::new(),
         shm_size: None,
-        extra_hosts: Vec::new(),
-        nameservers: Vec::new(),
         start_timeout_ms: 1,
     };
     let draft = Draft {

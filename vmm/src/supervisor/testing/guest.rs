@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use sm_control::launch::{BalloonReport, SnapshotReport};
 use sm_devices_fs::HostChange;
+use sm_guest_proto::control::Refresh;
 use sm_snapshot::manifest::Layer;
 
 use crate::guest::{
@@ -36,6 +37,8 @@ pub(crate) struct FakeState {
     pub(crate) full: Mutex<bool>,
     /// Each limit of its memory.
     pub(crate) limits: Mutex<Vec<Option<u64>>>,
+    /// The rules of its network, allowing and denying ones, each time they were replaced.
+    pub(crate) rules: Mutex<Vec<(Vec<String>, Vec<String>)>>,
     /// The host's changes of files, and a descriptor that is readable when there are some.
     pub(crate) changes: Mutex<Vec<HostChange>>,
     pub(super) changed: OwnedFd,
@@ -87,6 +90,16 @@ impl Drop for FakeGuest {
 }
 
 impl GuestMachine for FakeGuest {
+    fn describe_network(&self, _refresh: &mut Refresh) {}
+
+    fn set_network_rules(&mut self, allow: Vec<String>, deny: Vec<String>) -> Result<(), String> {
+        if allow.iter().any(|rule| rule == "none") {
+            return Err("a rule is invalid".to_owned());
+        }
+        self.state.rules.lock().unwrap().push((allow, deny));
+        Ok(())
+    }
+
     fn connect(&mut self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         self.connections.send((port, theirs)).unwrap();
