@@ -535,8 +535,6 @@ fn invalid_names_and_options_are_refused_and_the_vm_runs_on() {
         (["-m", "1g"], "memory"),
         (["--cpus", "3"], "CPUs"),
         (["-e", "A=1"], "environment"),
-        (["--dns", "10.0.0.1"], "name servers"),
-        (["--add-host", "a:10.0.0.1"], "hosts"),
         (["--shm-size", "1m"], "/dev/shm"),
         (["--root", "tmpfs"], "root file system"),
         (["--kernel-args", "quiet"], "kernel"),

@@ -84,9 +84,11 @@ fn files_of_the_guest_replace_those_of_the_image() {
     ]);
     let device = "character special file\n33\n";
     // Without name servers, the file is empty.
-    let done = run(&links, &[], IDENTITY).exits(0);
+    let alone = ["--network", "none"];
+    let done = run(&links, &alone, IDENTITY).exits(0);
     assert_eq!(done.out(), format!("{device}\nchanged\n"));
-    let done = run(&links, &["--dns", "192.0.2.53"], IDENTITY).exits(0);
+    let options = ["--network", "none", "--dns", "192.0.2.53"];
+    let done = run(&links, &options, IDENTITY).exits(0);
     let server = format!("{device}nameserver 192.0.2.53\n\nchanged\n");
     assert_eq!(done.out(), server);
 
@@ -95,7 +97,7 @@ fn files_of_the_guest_replace_those_of_the_image() {
         file("etc/machine-id/file", ""),
         file("etc/resolv.conf", "search own"),
     ]);
-    let done = run(&directories, &[], IDENTITY).exits(0);
+    let done = run(&directories, &alone, IDENTITY).exits(0);
     assert_eq!(done.out(), format!("{device}\nchanged\n"));
     assert!(!Path::new(STUB).exists());
 }
