@@ -15,6 +15,7 @@
 //! | `events`, `journal` | records of flows and refusals |
 //! | `tcp`, `udp`, `echo` | flows |
 //! | `dns` | the guest's name server |
+//! | `expose` | ports of the host that reach the guest |
 //! | `fragments` | packets that come in parts |
 //! | `output`, `answers` | frames for the guest |
 //! | `rate`, `capture` | limits of bytes in a second; frames in a file |
@@ -32,6 +33,7 @@ mod dns;
 mod echo;
 mod egress;
 mod events;
+mod expose;
 mod flow;
 mod fragments;
 mod handle;
@@ -56,6 +58,7 @@ use sm_event_loop::{Readiness, Registry, Timer};
 use self::answers::Answers;
 use self::dns::DnsProxy;
 use self::echo::Echoes;
+use self::expose::ExposedPorts;
 use self::flow::{DNS_PORT, FlowKey, TokenKind, parse_token, token};
 use self::fragments::Fragments;
 use self::handle::Control;
@@ -78,7 +81,7 @@ pub use self::egress::{EgressPolicy, EgressRequest, EgressVerdict, FlowProtocol,
 pub use self::events::{
     EventSink, FlowEnd, FlowRecord, FlowSummary, NetEvent, RefusedFlow, RefusedName, event_channel,
 };
-pub use self::handle::EngineHandle;
+pub use self::handle::{EngineHandle, ExposedPort};
 pub use self::link::{GuestFrame, GuestLink, LinkFull, LinkOffloads};
 pub use self::rate::NetRate;
 pub use self::stats::EngineStats;
@@ -101,6 +104,7 @@ pub struct NetEngine {
     udp: UdpFlows,
     echoes: Echoes,
     dns: DnsProxy,
+    exposed: ExposedPorts,
     fragments: Fragments,
     fragments_timer: Option<Timer>,
     control: Control,
@@ -135,13 +139,14 @@ impl NetEngine {
             udp: UdpFlows::new(config.limits),
             echoes: Echoes::new(config.limits),
             dns: DnsProxy::new(config.limits),
+            exposed: ExposedPorts::new(config.limits),
             fragments: Fragments::new(config.limits),
             fragments_timer: None,
             control,
             journal: Journal::new(),
             rates: Rates::default(),
             capture: None,
-            guest: MacAddress::BROADCAST,
+            guest: config.guest_mac,
         }
     }
 
@@ -205,6 +210,7 @@ impl NetEngine {
             udp: &mut self.udp,
             echoes: &mut self.echoes,
             dns: &mut self.dns,
+            exposed: &mut self.exposed,
         };
         (turn, flows)
     }
@@ -343,6 +349,8 @@ impl NetEngine {
             TokenKind::Tcp => flows.tcp.host_ready(&mut turn, slot, readiness),
             TokenKind::TcpTimer => flows.tcp.timer(&mut turn, slot),
             TokenKind::NameTimer => flows.tcp.name_timer(&mut turn),
+            TokenKind::Exposed => flows.exposed.host_ready(&mut turn, flows.tcp, slot),
+            TokenKind::ExposedTimer => flows.exposed.timer(&mut turn),
             TokenKind::RateTimer => {
                 turn.rates.passed();
                 flows.tcp.resume(&mut turn);
@@ -399,8 +407,9 @@ impl NetEngine {
             let tcp = self.tcp.serve(&mut output, registry)?;
             self.dns.serve(&mut output)?;
             let udp = self.udp.serve(&mut output, &mut self.answers)?;
+            let exposed = self.exposed.serve(&mut output, registry)?;
             let echoes = self.echoes.serve(&mut output)?;
-            if !(tcp || udp || echoes) {
+            if !(tcp || udp || exposed || echoes) {
                 self.answers.serve(&mut output)?;
                 return Ok(false);
             }
@@ -428,6 +437,7 @@ impl NetEngine {
         let journal = &mut self.journal;
         self.tcp.clear(registry.as_deref_mut(), journal);
         self.udp.clear(registry.as_deref_mut(), journal);
+        self.exposed.clear(registry.as_deref_mut(), journal);
         self.echoes.clear(registry.as_deref_mut());
         self.dns.clear(registry.as_deref_mut());
         let now = registry.as_deref().map_or_else(Instant::now, Registry::now);
@@ -456,6 +466,7 @@ struct Flows<'a> {
     udp: &'a mut UdpFlows,
     echoes: &'a mut Echoes,
     dns: &'a mut DnsProxy,
+    exposed: &'a mut ExposedPorts,
 }
 
 impl Flows<'_> {
@@ -494,6 +505,9 @@ impl Flows<'_> {
                 let (header, len) = UdpHeader::parse(transport, packet.len)?;
                 let key = ends(header.source.get(), header.destination.get());
                 let payload = (packet.offset + UdpHeader::LEN, len);
+                if self.exposed.receive(turn, &key, frame, payload) {
+                    return Ok(());
+                }
                 if self.dns.is_on()
                     && key.remote().port() == DNS_PORT
                     && turn.config.is_gateway(packet.destination)

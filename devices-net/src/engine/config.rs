@@ -15,6 +15,8 @@ use crate::wire::MacAddress;
 pub struct EngineConfig {
     /// Ethernet address of the gateway.
     pub gateway_mac: MacAddress,
+    /// Ethernet address of the guest until it has sent a frame; it gets all of them.
+    pub guest_mac: MacAddress,
     /// IPv4 address of the gateway.
     pub gateway_v4: Ipv4Addr,
     /// IPv4 address of the guest: packets with another source are dropped.
@@ -34,6 +36,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             gateway_mac: MacAddress([0x02, 0x73, 0x6d, 0, 0, 1]),
+            guest_mac: MacAddress::BROADCAST,
             gateway_v4: Ipv4Addr::new(100, 96, 0, 1),
             guest_v4: Ipv4Addr::new(100, 96, 0, 2),
             gateway_v6: Ipv6Addr::new(0xfd73, 0x6d00, 0, 0, 0, 0, 0, 1),

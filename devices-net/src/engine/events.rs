@@ -59,6 +59,8 @@ pub struct FlowRecord {
     pub name: Option<String>,
     /// The text of the narrowest rule that allows the flow, if the policy has rules.
     pub rule: Option<String>,
+    /// A client of an exposed port has begun it.
+    pub from_host: bool,
 }
 
 /// The account of a flow that has ended.
@@ -141,6 +143,7 @@ impl NetEvent {
             remote,
             name: None,
             rule,
+            from_host: false,
         })
     }
 }

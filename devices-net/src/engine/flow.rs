@@ -96,11 +96,15 @@ pub(crate) enum TokenKind {
     NameTimer,
     /// The timer of all flows that wait because of a rate.
     RateTimer,
+    /// An exposed port.
+    Exposed,
+    /// The timer of all clients of exposed UDP ports.
+    ExposedTimer,
 }
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 14] = [
+const KINDS: [TokenKind; 16] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -115,6 +119,8 @@ const KINDS: [TokenKind; 14] = [
     TokenKind::Journal,
     TokenKind::NameTimer,
     TokenKind::RateTimer,
+    TokenKind::Exposed,
+    TokenKind::ExposedTimer,
 ];
 
 /// Returns the token of a slot.

@@ -1,16 +1,22 @@
 //! Changes of an engine that runs, from any thread.
 
+use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::net::SocketType;
 use sm_event_loop::{Interest, Registered, Registry, new_eventfd, signal};
 
 use super::NetEngine;
 use super::capture::FrameCapture;
 use super::config::NameServers;
+use super::egress::FlowProtocol;
+use super::expose::NewPort;
 use super::flow::{TokenKind, token};
 use super::rate::NetRate;
+use super::socket;
 
 /// Changes an engine while it runs, from any thread. Clones change the same engine.
 ///
@@ -33,6 +39,8 @@ struct State {
     changes: Changes,
     /// Wakes the engine's event loop; `None` before the engine has started.
     waker: Option<Arc<OwnedFd>>,
+    /// Number of the next port that is exposed.
+    next_port: u64,
 }
 
 /// Changes that the engine has not applied.
@@ -42,6 +50,23 @@ pub(super) struct Changes {
     name_servers: Option<NameServers>,
     rate: Option<NetRate>,
     capture: Option<Option<FrameCapture>>,
+    exposed: Vec<NewPort>,
+    closed: Vec<u64>,
+}
+
+/// A port of the host that reaches the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExposedPort {
+    number: u64,
+    address: SocketAddr,
+}
+
+impl ExposedPort {
+    /// Returns the address of the host, with the port that it has.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
 }
 
 impl EngineHandle {
@@ -71,9 +96,52 @@ impl EngineHandle {
         self.change(|changes| changes.capture = Some(capture));
     }
 
+    /// Exposes a port of the guest at an address of the host, whose port may be zero for any. The
+    /// guest sees the addresses of clients, and that of the gateway for those on the host itself.
+    /// Clients are not asked about by the policy. Those of UDP get their answers from that address;
+    /// at an unspecified one it is the host that chooses which of its addresses answers.
+    ///
+    /// # Errors
+    /// The address is not the host's or is in use, or the protocol is neither TCP nor UDP.
+    pub fn expose(
+        &self,
+        protocol: FlowProtocol,
+        address: SocketAddr,
+        guest_port: u16,
+    ) -> io::Result<ExposedPort> {
+        let kind = match protocol {
+            FlowProtocol::Tcp => SocketType::STREAM,
+            FlowProtocol::Udp => SocketType::DGRAM,
+            FlowProtocol::Echo => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        let socket = socket::bind_port(address, kind)?;
+        let address = socket::local_address(&socket)?;
+        let mut number = 0;
+        self.change_state(|state| {
+            number = state.next_port;
+            state.next_port += 1;
+            state.changes.exposed.push(NewPort {
+                number,
+                protocol,
+                socket,
+                guest_port,
+            });
+        });
+        Ok(ExposedPort { number, address })
+    }
+
+    /// Closes a port of [`Self::expose`]. Connections of TCP go on.
+    pub fn unexpose(&self, port: ExposedPort) {
+        self.change(|changes| changes.closed.push(port.number));
+    }
+
     fn change(&self, apply: impl FnOnce(&mut Changes)) {
+        self.change_state(|state| apply(&mut state.changes));
+    }
+
+    fn change_state(&self, apply: impl FnOnce(&mut State)) {
         let mut state = self.lock();
-        apply(&mut state.changes);
+        apply(&mut state);
         self.shared.is_pending.store(true, Ordering::Release);
         if let Some(waker) = &state.waker {
             signal(waker.as_fd());
@@ -154,6 +222,7 @@ impl NetEngine {
     /// [`Self::reset`]. Without it, changes are applied at the next event.
     pub fn started(&mut self, registry: &mut dyn Registry) {
         self.control.start(registry);
+        self.exposed.start(registry);
         self.apply(registry);
     }
 
@@ -164,6 +233,12 @@ impl NetEngine {
         };
         if let Some(servers) = changes.name_servers {
             self.set_name_servers(servers);
+        }
+        for port in changes.exposed {
+            self.exposed.add(port, registry);
+        }
+        for number in changes.closed {
+            self.exposed.remove(number, registry, &mut self.journal);
         }
         if let Some(rate) = changes.rate {
             self.rates.set(rate, registry.now());

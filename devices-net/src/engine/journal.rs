@@ -38,6 +38,7 @@ struct EndedFlow {
     key: FlowKey,
     tally: Tally,
     end: FlowEnd,
+    from_host: bool,
 }
 
 /// A destination or a name that is refused.
@@ -72,6 +73,8 @@ struct Log {
 pub(crate) struct Journal {
     epoch: Instant,
     ended: Vec<EndedFlow>,
+    /// Flows that clients of the host have begun, until they are reported.
+    opened_by_host: Vec<(FlowProtocol, FlowKey)>,
     log: Option<Log>,
 }
 
@@ -80,6 +83,7 @@ impl Journal {
         Self {
             epoch: Instant::now(),
             ended: Vec::new(),
+            opened_by_host: Vec::new(),
             log: None,
         }
     }
@@ -155,7 +159,29 @@ impl Journal {
             key,
             tally,
             end,
+            from_host: false,
         });
+    }
+
+    /// Notes that a client of the host has begun a flow.
+    pub(crate) fn opened_by_host(&mut self, protocol: FlowProtocol, key: FlowKey) {
+        if self.log.is_some() {
+            self.opened_by_host.push((protocol, key));
+        }
+    }
+
+    /// Notes that a flow of a client of the host has ended.
+    pub(crate) fn ended_by_host(
+        &mut self,
+        protocol: FlowProtocol,
+        key: FlowKey,
+        tally: Tally,
+        end: FlowEnd,
+    ) {
+        self.ended(protocol, key, tally, end);
+        if let Some(flow) = self.ended.last_mut() {
+            flow.from_host = true;
+        }
     }
 
     /// Notes that a flow was refused.
@@ -200,12 +226,22 @@ impl Journal {
         now: Instant,
         registry: Option<&mut (dyn Registry + '_)>,
     ) {
+        while let Some((protocol, key)) = self.opened_by_host.pop() {
+            if let Some(log) = self.log.as_mut()
+                && log.may_report(now)
+            {
+                log.send(NetEvent::Opened(record_of_host(protocol, &key)));
+            }
+        }
         while let Some(flow) = self.ended.pop() {
             let at = self.epoch + Duration::from_micros(flow.tally.start);
             if let Some(log) = self.log.as_mut()
                 && log.may_report(now)
             {
-                let record = record(policy, flow.protocol, &flow.key);
+                let record = match flow.from_host {
+                    true => record_of_host(flow.protocol, &flow.key),
+                    false => record(policy, flow.protocol, &flow.key),
+                };
                 let summary = FlowSummary {
                     from_guest: flow.tally.from_guest,
                     to_guest: flow.tally.to_guest,
@@ -214,10 +250,12 @@ impl Journal {
                 };
                 log.send(NetEvent::Ended(record, summary));
             }
-            policy.flow_ended(&EgressRequest {
-                protocol: flow.protocol,
-                destination: flow.key.remote(),
-            });
+            if !flow.from_host {
+                policy.flow_ended(&EgressRequest {
+                    protocol: flow.protocol,
+                    destination: flow.key.remote(),
+                });
+            }
         }
         if let (Some(log), Some(registry)) = (&mut self.log, registry)
             && log.timer.is_none()
@@ -360,6 +398,18 @@ fn record(policy: &mut dyn EgressPolicy, protocol: FlowProtocol, key: &FlowKey) 
         remote,
         name: policy.name_of(&request),
         rule: policy.narrowest_rule(&request),
+        from_host: false,
+    }
+}
+
+fn record_of_host(protocol: FlowProtocol, key: &FlowKey) -> FlowRecord {
+    FlowRecord {
+        protocol,
+        guest: key.guest(),
+        remote: key.remote(),
+        name: None,
+        rule: None,
+        from_host: true,
     }
 }
 

@@ -7,12 +7,14 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, connect, sendmsg,
-    socket_with, sockopt,
+    AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind,
+    connect, getsockname, listen, sendmsg, socket_with, sockopt,
 };
 
 use crate::wire::IcmpUnreachable;
 
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 128;
 /// Sizes of packets that every network passes (RFC 8200 5, RFC 1191 3).
 const MIN_MTU_V6: u16 = 1280;
 const MIN_MTU_V4: u16 = 68;
@@ -82,6 +84,38 @@ pub(crate) fn connect_datagram(address: SocketAddr) -> Result<OwnedFd, Errno> {
     let socket = open(address, SocketType::DGRAM)?;
     connect(&socket, &address)?;
     Ok(socket)
+}
+
+/// Opens a socket for clients of a port of the host.
+pub(crate) fn bind_port(address: SocketAddr, kind: SocketType) -> Result<OwnedFd, Errno> {
+    let socket = open(address, kind)?;
+    if address.is_ipv6() {
+        // The same port of IPv4 is another one.
+        sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    if kind == SocketType::STREAM {
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    bind(&socket, &address)?;
+    if kind == SocketType::STREAM {
+        listen(&socket, BACKLOG)?;
+    }
+    Ok(socket)
+}
+
+/// Returns the address of a socket.
+pub(crate) fn local_address(socket: &OwnedFd) -> Result<SocketAddr, Errno> {
+    SocketAddr::try_from(getsockname(socket)?)
+}
+
+/// Accepts a client; returns its socket and its address.
+pub(crate) fn accept(listener: &OwnedFd) -> Result<(OwnedFd, SocketAddr), Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (socket, address) = acceptfrom_with(listener, flags)?;
+    let address = address.ok_or(Errno::CONNABORTED)?;
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_oobinline(&socket, true)?;
+    Ok((socket, SocketAddr::try_from(address)?))
 }
 
 /// Has a UDP socket refuse datagrams that are larger than packets on the way may be, or send them

@@ -10,6 +10,7 @@
 //! more than its share.
 
 mod control;
+mod exposed;
 mod flow;
 mod host;
 mod names;
@@ -199,7 +200,11 @@ impl TcpFlows {
         if effect.reset {
             // The peer gets a reset, too.
             let _ = sockopt::set_socket_linger(&*flow.socket, Some(Duration::ZERO));
-            return self.remove(turn.registry, turn.journal, slot, FlowEnd::ResetByGuest);
+            let end = match flow.control.phase {
+                Phase::Opening => FlowEnd::Refused,
+                _ => FlowEnd::ResetByGuest,
+            };
+            return self.remove(turn.registry, turn.journal, slot, end);
         }
         if effect.refused.is_some() {
             return refuse(turn, &flow.key, segment);
@@ -311,6 +316,9 @@ impl TcpFlows {
             let Some(flow) = self.table.get_mut(slot) else {
                 continue;
             };
+            if flow.host.from_host {
+                continue;
+            }
             let request = request(&flow.key);
             let name = self.names.of(slot);
             if turn.may_continue(&request)
@@ -353,7 +361,10 @@ impl TcpFlows {
         let Some(flow) = self.table.remove(slot) else {
             return;
         };
-        journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end);
+        match flow.host.from_host {
+            true => journal.ended_by_host(FlowProtocol::Tcp, flow.key, flow.tally, end),
+            false => journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end),
+        }
         self.names.remove(slot);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
             self.connecting -= 1;

@@ -39,7 +39,7 @@ impl RuleLearner {
     /// Takes note of an event.
     pub fn observe(&mut self, event: &NetEvent) {
         match event {
-            NetEvent::Opened(flow) => {
+            NetEvent::Opened(flow) if !flow.from_host => {
                 let rule = flow.rule.as_deref().map(str::parse::<NetRule>);
                 match rule {
                     Some(Ok(rule)) => self.learn(rule, flow.protocol, flow.remote.port()),

@@ -19,6 +19,8 @@ const MIN_MSS: u16 = 88;
 pub(crate) enum Phase {
     /// The host socket is connecting; the guest's SYN has no answer.
     Connecting,
+    /// The guest has not answered the SYN of this side.
+    Opening,
     /// The guest has not acknowledged the answer to its SYN.
     Accepting,
     /// The connection is established.
@@ -120,6 +122,58 @@ impl Control {
         control
     }
 
+    /// A connection that this side opens, with a SYN whose number will be `initial`. Its segments
+    /// have at most `largest` bytes.
+    pub(crate) fn opening(initial: u32, largest: u16) -> Self {
+        Self {
+            phase: Phase::Opening,
+            receive_next: 0,
+            receive_edge: 0,
+            send_first: initial,
+            send_next: initial,
+            send_end: initial,
+            window: 0,
+            window_sequence: 0,
+            window_acknowledgment: initial,
+            recover: initial,
+            mss: largest,
+            // It is offered.
+            scale: Some(0),
+            duplicates: 0,
+            guest_ended: false,
+            probe: false,
+        }
+    }
+
+    /// Takes the answer to the SYN of this side (RFC 9293 3.10.7.3).
+    fn receive_answer(&mut self, segment: &TcpSegment, effect: &mut Effect) {
+        if !segment.flags.has(TcpFlags::ACK) {
+            return;
+        }
+        if segment.acknowledgment != self.send_end {
+            effect.refused = Some(segment.acknowledgment);
+            return;
+        }
+        if !segment.flags.has(TcpFlags::SYN) {
+            return;
+        }
+        let granted = distance(self.receive_next, self.receive_edge);
+        let mss = segment.options.mss.unwrap_or(DEFAULT_MSS[0]);
+        self.mss = mss.max(MIN_MSS).min(self.mss);
+        self.scale = segment.options.scale;
+        self.receive_next = segment.sequence.wrapping_add(1);
+        self.receive_edge = self.receive_next.wrapping_add(granted);
+        self.window = segment.window.into();
+        self.window_sequence = segment.sequence;
+        self.window_acknowledgment = segment.acknowledgment;
+        self.send_first = self.send_end;
+        self.send_next = self.send_end;
+        self.phase = Phase::Open;
+        effect.established = true;
+        effect.acknowledge = true;
+        effect.send = true;
+    }
+
     /// Replaces the SYN, which has had no answer.
     pub(crate) fn begin(&mut self, syn: &TcpSegment, largest: u16, v6: bool) {
         let default = DEFAULT_MSS[usize::from(v6)];
@@ -160,6 +214,10 @@ impl Control {
         if self.phase == Phase::Connecting {
             return effect;
         }
+        if self.phase == Phase::Opening {
+            self.receive_answer(segment, &mut effect);
+            return effect;
+        }
         if segment.flags.has(TcpFlags::SYN) {
             // A repeated SYN has an old number and is acknowledged; so is another one, which
             // a guest that knows of no connection answers by a reset (RFC 5961 4.2).
@@ -193,6 +251,13 @@ impl Control {
     /// A reset must have the next number; others are answered, so that a guest that means it
     /// sends that one (RFC 5961 3.2).
     fn receive_reset(&self, segment: &TcpSegment, effect: &mut Effect) {
+        if self.phase == Phase::Opening {
+            // It refuses the SYN that it acknowledges.
+            effect.reset = segment.flags.has(TcpFlags::ACK)
+                && segment.acknowledgment == self.send_end
+                && self.in_flight() > 0;
+            return;
+        }
         if segment.sequence == self.receive_next {
             effect.reset = true;
         } else if before(self.receive_next, segment.sequence)
@@ -348,11 +413,13 @@ impl Control {
             .wrapping_add(self.in_flight().min(self.window))
     }
 
-    /// Notes that the answer to the SYN was sent.
+    /// Notes that the SYN, or the answer to that of the guest, was sent.
     pub(crate) fn sent_syn(&mut self) {
         self.send_next = self.send_first.wrapping_add(1);
         self.send_end = self.send_next;
-        self.phase = Phase::Accepting;
+        if self.phase == Phase::Connecting {
+            self.phase = Phase::Accepting;
+        }
     }
 
     /// Returns the window field of the next segment, for a receiver with room for `room`

@@ -44,6 +44,8 @@ pub(super) struct Host {
     pub(super) shut: bool,
     /// It cannot send any more.
     pub(super) failed: bool,
+    /// A client of the host has begun the flow.
+    pub(super) from_host: bool,
     /// No byte of the guest is sent before the flow has proven its name.
     pub(super) held: bool,
     /// The policy does not allow the flow any more.

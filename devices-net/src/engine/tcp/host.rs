@@ -12,6 +12,8 @@ use super::{TcpFlows, fail, failure};
 /// Number of times that segments are sent again until the guest is taken for dead: five
 /// minutes, in which it may have been paused.
 const MAX_TRIES: u8 = 100;
+/// Number of times that a SYN is sent again: a minute, in which a guest may start.
+const MAX_OPENINGS: u8 = 22;
 
 impl TcpFlows {
     /// Processes an event of a host socket.
@@ -123,7 +125,11 @@ impl TcpFlows {
         }
         flow.deadline = None;
         flow.tries = flow.tries.saturating_add(1);
-        if flow.tries > MAX_TRIES {
+        let most = match flow.control.phase {
+            Phase::Opening => MAX_OPENINGS,
+            _ => MAX_TRIES,
+        };
+        if flow.tries > most {
             return self.abort(turn, slot);
         }
         turn.stats.tcp_retransmissions += 1;

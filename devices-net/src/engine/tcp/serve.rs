@@ -85,7 +85,7 @@ impl TcpFlows {
         Ok(left == 0)
     }
 
-    /// Answers the SYN of the guest.
+    /// Answers the SYN of the guest, or sends that of this side.
     fn accept(
         &mut self,
         slot: u32,
@@ -97,11 +97,14 @@ impl TcpFlows {
         };
         let room = flow.room(&self.store, self.limits.tcp_stored);
         let control = &mut flow.control;
-        if control.phase == Phase::Accepting && control.send_next != control.send_first {
+        if control.phase != Phase::Connecting && control.send_next != control.send_first {
             return Ok(());
         }
         let (key, mss) = (flow.key, control.mss);
-        let flags = TcpFlags::SYN.and(TcpFlags::ACK);
+        let flags = match control.phase {
+            Phase::Opening => TcpFlags::SYN,
+            _ => TcpFlags::SYN.and(TcpFlags::ACK),
+        };
         let mut segment = TcpSegment::new(key.remote().port(), key.guest().port(), flags);
         segment.sequence = control.send_first;
         segment.acknowledgment = control.receive_next;

@@ -324,3 +324,57 @@ fn keep_alive_probes_are_answered() {
     let effect = control.receive(&segment(&control, 0), 0, false);
     assert!(!effect.acknowledge && !effect.probe);
 }
+
+/// The answer of a guest to the SYN of this side.
+fn syn_ack(control: &Control, sequence: u32) -> TcpSegment {
+    let mut answer = syn(sequence, Some(3));
+    answer.flags = TcpFlags::SYN.and(TcpFlags::ACK);
+    answer.acknowledgment = control.send_end;
+    answer
+}
+
+#[test]
+fn a_connection_to_the_guest_opens_with_its_answer() {
+    for base in [0, 1000, u32::MAX - 1] {
+        let mut control = Control::opening(base, 1460);
+        assert_eq!(control.options(1460).scale, Some(SCALE));
+        assert_eq!(control.grant(20_000, true), 20_000);
+        control.sent_syn();
+        assert_eq!((control.phase, control.in_flight()), (Phase::Opening, 1));
+        // Old segments, and resets that do not refuse the SYN.
+        let mut old = syn_ack(&control, 7);
+        old.acknowledgment = old.acknowledgment.wrapping_add(1);
+        assert!(control.receive(&old, 0, false).refused.is_some());
+        old.flags = TcpFlags::RST.and(TcpFlags::ACK);
+        assert!(!control.receive(&old, 0, false).reset);
+        let mut reset = TcpSegment::new(1, 2, TcpFlags::RST);
+        reset.acknowledgment = control.send_end;
+        assert!(!control.receive(&reset, 0, false).reset);
+        assert_eq!(control.phase, Phase::Opening);
+        let mut refusing = control.clone();
+        reset.flags = TcpFlags::RST.and(TcpFlags::ACK);
+        assert!(refusing.receive(&reset, 0, false).reset);
+
+        // A SYN that is lost is sent again.
+        control.rewind();
+        assert_eq!(control.send_next, control.send_first);
+        control.sent_syn();
+        let effect = control.receive(&syn_ack(&control, 77), 0, false);
+        assert!(effect.established && effect.acknowledge && effect.send);
+        assert_eq!(control.phase, Phase::Open);
+        assert_eq!((control.receive_next, control.in_flight()), (78, 0));
+        assert_eq!((control.mss, control.window()), (MSS, 1000));
+        // Windows are shifted from now on, on both sides.
+        let mut data = segment(&control, 10);
+        data.window = 50;
+        let effect = control.receive(&data, 0, false);
+        assert_eq!((effect.payload.unwrap().len, control.window()), (10, 400));
+        // The answer once more is acknowledged, as its acknowledgment was lost.
+        assert!(
+            control
+                .receive(&syn_ack(&control, 77), 0, false)
+                .acknowledge
+        );
+        assert_eq!(control.phase, Phase::Open);
+    }
+}
