@@ -102,7 +102,7 @@ pub(crate) fn report(device: &NetDevice) -> io::Result<Option<(String, Vec<IpAdd
 /// Replaces the configuration of an interface by `config`.
 fn configure(interface: &Interface, config: &NetworkConfig) -> Result<(), NetworkError> {
     let failed = |operation| move |cause| NetworkError::Step { operation, cause };
-    let socket = NetlinkSocket::open().map_err(failed("open a netlink socket"))?;
+    let mut socket = NetlinkSocket::open().map_err(failed("open a netlink socket"))?;
     let old = socket.addresses(interface.index, MAX_OLD);
     let old = old.map_err(failed("list addresses"))?;
     let old = old.ok_or(NetworkError::Crowded)?;

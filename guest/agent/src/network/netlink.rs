@@ -21,9 +21,10 @@ const ROUTE: Option<Protocol> = None;
 
 /// Length of a message's header (`struct nlmsghdr`).
 const HEADER: usize = 16;
-/// Maximum number of bytes of one answer: the kernel creates parts of lists of at most 32 KiB,
-/// if the reader has so much space, and 4 KiB otherwise.
-const ANSWER: usize = 32 << 10;
+/// Maximum number of bytes of one answer: the kernel creates parts of lists of at most 8 KiB
+/// (`NLMSG_GOODSIZE`), if the reader has no more space. A clone copies each page that is
+/// written, so more would be slower.
+const ANSWER: usize = 8 << 10;
 /// Size of the receive buffer: the answers to a batch in which everything fails, and a part of
 /// a list. The default is a setting that a workload may have changed.
 const RECEIVE_BUFFER: usize = 256 << 10;
@@ -107,7 +108,10 @@ pub(super) struct Assigned {
 }
 
 /// A socket to the kernel.
-pub(super) struct NetlinkSocket(OwnedFd);
+pub(super) struct NetlinkSocket {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+}
 
 impl NetlinkSocket {
     /// Opens a socket in this process's network namespace. Messages of other processes do not
@@ -119,20 +123,22 @@ impl NetlinkSocket {
         sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER)?;
         sys::check_netlink_strictly(socket.as_fd())?;
         connect(&socket, &SocketAddrNetlink::new(0, 0))?;
-        Ok(Self(socket))
+        Ok(Self {
+            socket,
+            buffer: vec![0; ANSWER],
+        })
     }
 
     /// Performs the requests of `batch`. Returns the numbers of those that failed.
-    pub(super) fn perform(&self, mut batch: Batch) -> io::Result<Vec<(u32, Errno)>> {
+    pub(super) fn perform(&mut self, mut batch: Batch) -> io::Result<Vec<(u32, Errno)>> {
         if batch.count == 0 {
             return Ok(Vec::new());
         }
         batch.end();
-        send(&self.0, &batch.bytes, SendFlags::empty())?;
-        let (mut failed, mut buffer) = (Vec::new(), vec![0; ANSWER]);
+        send(&self.socket, &batch.bytes, SendFlags::empty())?;
+        let mut failed = Vec::new();
         loop {
-            let length = self.receive(&mut buffer)?;
-            for message in messages(buffer.get(..length).unwrap_or_default()) {
+            for message in messages(self.receive()?) {
                 let (ERROR, Some(code)) = (message.kind, message.code()) else {
                     continue;
                 };
@@ -150,7 +156,7 @@ impl NetlinkSocket {
     /// Returns the addresses of an interface, of both families; `None` if there are more than
     /// `maximum`. The rest of the list is unread then, so that the socket is of no further use.
     pub(super) fn addresses(
-        &self,
+        &mut self,
         index: u32,
         maximum: usize,
     ) -> io::Result<Option<Vec<Assigned>>> {
@@ -161,11 +167,10 @@ impl NetlinkSocket {
             &interface_address(0, 0, 0, 0, index),
             &[],
         );
-        send(&self.0, &batch.bytes, SendFlags::empty())?;
-        let (mut found, mut buffer) = (Vec::new(), vec![0; ANSWER]);
+        send(&self.socket, &batch.bytes, SendFlags::empty())?;
+        let mut found = Vec::new();
         loop {
-            let length = self.receive(&mut buffer)?;
-            for message in messages(buffer.get(..length).unwrap_or_default()) {
+            for message in messages(self.receive()?) {
                 match message.kind {
                     RTM_NEWADDR => found.extend(assigned(message.payload, index)),
                     DONE | ERROR => match message.code() {
@@ -185,13 +190,14 @@ impl NetlinkSocket {
 
     /// Receives an answer, which exists already: the kernel works within the system call that
     /// sends the request.
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self) -> io::Result<&[u8]> {
         let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-        let (_, length) = recv(&self.0, &mut *buffer, flags)?;
-        if length == 0 || length > buffer.len() {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        Ok(length)
+        let (_, length) = recv(&self.socket, self.buffer.as_mut_slice(), flags)?;
+        let answer = self
+            .buffer
+            .get(..length)
+            .filter(|answer| !answer.is_empty());
+        answer.ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 }
 
