@@ -38,11 +38,13 @@ pub const MAX_COMMAND_LINE: usize = 2047;
 /// - `pci=off 8250.nr_uarts=1`: no probing for absent devices;
 /// - `tsc=reliable`: no watchdog for the clock that the hypervisor guarantees;
 /// - `swiotlb=noforce`: no bounce buffers (64 MiB in guests with memory above the hole):
-///   every device reaches all memory.
+///   every device reaches all memory;
+/// - `dummy.numdummies=0`: a kernel with this driver built in makes no interface `dummy0`, so
+///   that a guest without a network has the loopback interface only.
 ///
 /// [`MachineExit::Reset`]: crate::exit::MachineExit::Reset
 pub const BASE_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off 8250.nr_uarts=1 \
-     tsc=reliable swiotlb=noforce";
+     tsc=reliable swiotlb=noforce dummy.numdummies=0";
 
 /// Lowest load address of kernels: boot data, tables and the legacy hole are below.
 const HIGH_MEMORY: u64 = 0x10_0000;
