@@ -238,3 +238,82 @@ fn another_name_server_is_under_the_rules_of_its_address() {
     let error = client.answer().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::HostUnreachable);
 }
+
+/// A question behind its length.
+fn over_tcp(message: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(message.len()).unwrap().to_be_bytes();
+    [&len[..], message].concat()
+}
+
+/// Reads an answer behind its length.
+fn read_answer(stream: &mut impl std::io::Read) -> Vec<u8> {
+    let mut len = [0; 2];
+    stream.read_exact(&mut len).unwrap();
+    let mut answer = vec![0; u16::from_be_bytes(len).into()];
+    stream.read_exact(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn names_are_asked_for_over_tcp_under_the_same_rules() {
+    let Some((rig, handle)) = guarded("*.example.com") else {
+        return;
+    };
+    let events = rig.events();
+    let server = server(&rig, 0);
+    rig.name_servers(NameServers::Fixed(vec![server.local_addr().unwrap()]));
+    let mut guest = rig.guest(|| connect((GATEWAY, 53).into()).unwrap());
+    guest.set_read_timeout(Some(SOON)).unwrap();
+    // Two questions in odd pieces; the second is answered first.
+    let questions = [
+        over_tcp(&question(1, "www.example.com", 1)),
+        over_tcp(&question(2, "cdn.example.com", 16)),
+    ]
+    .concat();
+    for piece in questions.chunks(7) {
+        guest.write_all(piece).unwrap();
+    }
+    let (first, from_first) = asked(&server);
+    let (second, from_second) = asked(&server);
+    let text = [&[200][..], &[b'x'; 200]].concat();
+    // Longer than what a datagram may be for the guest.
+    let long = response(&second, &vec![(16, 60, &text[..]); 15]);
+    assert!(long.len() > 3000);
+    server.send_to(&long, from_second).unwrap();
+    assert_eq!(read_answer(&mut guest)[2..], long[2..]);
+    let short = response(&first, &[(1, 60, &[203, 0, 113, 7])]);
+    server.send_to(&short, from_first).unwrap();
+    let answer = read_answer(&mut guest);
+    assert_eq!((&answer[..2], &answer[2..]), (&[0, 1][..], &short[2..]));
+    // The answer is read: the address is one of the name.
+    let address = (IpAddr::from([203, 0, 113, 7]), 80);
+    rig.guest(|| connect(address.into()).unwrap_err());
+    assert_eq!(rig.stats().prohibited, 0);
+    let refused = over_tcp(&question(3, "www.example.org", 1));
+    guest.write_all(&refused).unwrap();
+    assert_eq!(read_answer(&mut guest)[3] & 15, 3);
+    let Ok(NetEvent::Ended(flow, _)) = events.recv_timeout(SOON) else {
+        panic!("a flow to the name server is none of the policy's")
+    };
+    assert_eq!(flow.remote, address.into());
+    // It survives another policy, and ends for one that nobody could mean.
+    handle.set_policy(policy("*.example.org"));
+    guest.write_all(&refused).unwrap();
+    let (message, from) = asked(&server);
+    let answer = response(&message, &[(1, 60, &[203, 0, 113, 8])]);
+    server.send_to(&answer, from).unwrap();
+    assert_eq!(read_answer(&mut guest)[2..], answer[2..]);
+    guest.write_all(&[0xff; 20]).unwrap();
+    assert_eq!(guest.read(&mut [0; 8]).unwrap_or(0), 0);
+    // More clients than there may be: the newest is served.
+    let clients: Vec<_> = rig.guest(|| {
+        let clients = (0..40).map(|_| connect((GATEWAY, 53).into()).unwrap());
+        clients.collect()
+    });
+    let mut newest = clients.last().unwrap();
+    newest.set_read_timeout(Some(SOON)).unwrap();
+    newest.write_all(&refused).unwrap();
+    assert_eq!(read_answer(&mut newest)[13..16], *b"www");
+    drop((clients, guest));
+    rig.settle(|stats| stats.tcp_flows == 0);
+}

@@ -7,6 +7,7 @@
 
 mod lookup;
 mod servers;
+mod stream;
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher as _, RandomState};
@@ -17,6 +18,7 @@ use sm_event_loop::{Registry, SlotQueue, Timer};
 
 use self::lookup::Lookup;
 use self::servers::HostServers;
+use self::stream::NameClient;
 use super::config::{EngineLimits, NameServers};
 use super::egress::FlowProtocol;
 use super::flow::{FlowKey, TokenKind, token};
@@ -36,6 +38,14 @@ const MAX_REPLIES: usize = 64;
 const SPARE: usize = 16;
 /// Response codes of servers that cannot answer: another may.
 const UNABLE: [u8; 3] = [2, 4, 5];
+
+/// The sender of a question.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Asker {
+    key: FlowKey,
+    /// The slot and the generation of a client over TCP.
+    client: Option<(u32, u32)>,
+}
 
 struct Reply {
     key: FlowKey,
@@ -64,6 +74,9 @@ pub(crate) struct DnsProxy {
     numbers: RandomState,
     number: u64,
     timer: Option<Timer>,
+    clients: Vec<Option<NameClient>>,
+    /// Of the newest client.
+    generation: u32,
     limits: EngineLimits,
 }
 
@@ -81,6 +94,8 @@ impl DnsProxy {
             numbers: RandomState::new(),
             number: 0,
             timer: None,
+            clients: Vec::new(),
+            generation: 0,
             limits,
         }
     }
@@ -116,12 +131,24 @@ impl DnsProxy {
         if len > MAX_QUESTION || !frame.copy_out(offset, &mut message) {
             return self.recycle(message);
         }
+        let asker = Asker { key, client: None };
+        self.question(turn, asker, message, chosen);
+    }
+
+    /// Processes a question.
+    fn question(
+        &mut self,
+        turn: &mut Turn<'_>,
+        asker: Asker,
+        message: Vec<u8>,
+        chosen: Option<SocketAddr>,
+    ) {
         let question = match DnsQuestion::parse(&message) {
             Ok(question) => question,
-            Err(_) => return self.refuse(key, message, ResponseCode::FormatError),
+            Err(_) => return self.refuse(asker, message, ResponseCode::FormatError),
         };
         if !question.is_standard() {
-            return self.refuse(key, message, ResponseCode::NotImplemented);
+            return self.refuse(asker, message, ResponseCode::NotImplemented);
         }
         if !turn.policy.may_resolve(&question.name) {
             turn.stats.prohibited += 1;
@@ -131,23 +158,23 @@ impl DnsProxy {
                 None => ExtendedError::Blocked,
             };
             turn.journal.name_refused(&question.name, || reason);
-            return self.refuse(key, message, ResponseCode::Prohibited(error));
+            return self.refuse(asker, message, ResponseCode::Prohibited(error));
         }
         let repeated = self.lookups.iter().flatten().any(|lookup| {
             let same = lookup.question.get(DNS_HEADER..) == message.get(DNS_HEADER..);
-            lookup.key == key && lookup.guest_id == question.id && same
+            lookup.asker == asker && lookup.guest_id == question.id && same
         });
         if repeated {
             return self.recycle(message);
         }
         match chosen {
             // A server that the guest has chosen may say otherwise than those of the host.
-            Some(_) => turn.opened_once(FlowProtocol::Udp, &key),
+            Some(_) => turn.opened_once(FlowProtocol::Udp, &asker.key),
             None => {
                 if self.servers.follow() {
                     self.cache.clear();
                 }
-                if self.answer_stored(turn, key, &question.name, &message) {
+                if self.answer_stored(turn, asker, &question.name, &message) {
                     return self.recycle(message);
                 }
             }
@@ -155,17 +182,17 @@ impl DnsProxy {
         if self.lookups.len() - self.free.len() >= self.limits.lookups.max(1)
             && let Some(oldest) = self.order.first()
         {
-            turn.limited("questions to name servers", &key);
+            turn.limited("questions to name servers", &asker.key);
             self.finish(turn.registry, oldest, Some(ResponseCode::ServerFailure));
         }
-        self.begin(turn, key, question, message, chosen);
+        self.begin(turn, asker, question, message, chosen);
     }
 
     /// Answers a question by a response that is stored; returns false if there is none.
     fn answer_stored(
         &mut self,
         turn: &mut Turn<'_>,
-        key: FlowKey,
+        asker: Asker,
         name: &str,
         question: &[u8],
     ) -> bool {
@@ -177,11 +204,11 @@ impl DnsProxy {
         turn.stats.dns_stored += 1;
         // The policy may have changed.
         match check(turn, name, &response) {
-            Checked::Passed => self.deliver(turn, key, question, response),
+            Checked::Passed => self.deliver(turn, asker, question, response),
             Checked::Withheld => {
                 self.recycle(response);
                 let code = ResponseCode::Prohibited(ExtendedError::Blocked);
-                self.refuse(key, question.to_vec(), code);
+                self.refuse(asker, question.to_vec(), code);
             }
             Checked::Unable => {
                 self.recycle(response);
@@ -194,7 +221,7 @@ impl DnsProxy {
     fn begin(
         &mut self,
         turn: &mut Turn<'_>,
-        key: FlowKey,
+        asker: Asker,
         question: DnsQuestion,
         mut message: Vec<u8>,
         chosen: Option<SocketAddr>,
@@ -211,7 +238,7 @@ impl DnsProxy {
         match self.ask(turn, slot, &message, chosen, 0) {
             Some(exchange) => {
                 let lookup = Lookup {
-                    key,
+                    asker,
                     guest_id: question.id,
                     name: question.name,
                     question: message,
@@ -225,7 +252,7 @@ impl DnsProxy {
             None => {
                 self.free.push(slot);
                 set_id(&mut message, question.id);
-                self.refuse(key, message, ResponseCode::ServerFailure);
+                self.refuse(asker, message, ResponseCode::ServerFailure);
             }
         }
     }
@@ -252,28 +279,28 @@ impl DnsProxy {
         if lookup.chosen.is_none() {
             self.cache.insert(&lookup.question, response, turn.now);
         }
-        let (key, id) = (lookup.key, lookup.guest_id);
+        let (asker, id) = (lookup.asker, lookup.guest_id);
         let mut question = std::mem::take(&mut lookup.question);
         set_id(&mut question, id);
         let mut message = self.spare.pop().unwrap_or_default();
         message.clear();
         message.extend_from_slice(response);
         set_id(&mut message, id);
-        self.deliver(turn, key, &question, message);
+        self.deliver(turn, asker, &question, message);
         self.recycle(question);
         self.finish(turn.registry, slot, None);
     }
 
     /// Delivers a response that the policy allows.
-    fn deliver(&mut self, turn: &Turn<'_>, key: FlowKey, question: &[u8], mut message: Vec<u8>) {
+    fn deliver(&mut self, turn: &Turn<'_>, asker: Asker, question: &[u8], mut message: Vec<u8>) {
         if turn.policy.restricts_names() {
             strip_ech(&mut message);
         }
-        if message.len() > largest_response(question) {
+        if asker.client.is_none() && message.len() > largest_response(question) {
             self.recycle(message);
-            return self.refuse(key, question.to_vec(), ResponseCode::TooLong);
+            return self.refuse(asker, question.to_vec(), ResponseCode::TooLong);
         }
-        self.reply(key, message);
+        self.reply(asker, message);
     }
 
     /// Ends a lookup; with a code, the guest is notified.
@@ -287,7 +314,7 @@ impl DnsProxy {
         match code {
             Some(code) => {
                 set_id(&mut lookup.question, lookup.guest_id);
-                self.refuse(lookup.key, lookup.question, code);
+                self.refuse(lookup.asker, lookup.question, code);
             }
             None => self.recycle(lookup.question),
         }
@@ -305,20 +332,25 @@ impl DnsProxy {
         }
     }
 
-    fn refuse(&mut self, key: FlowKey, question: Vec<u8>, code: ResponseCode) {
+    fn refuse(&mut self, asker: Asker, question: Vec<u8>, code: ResponseCode) {
         let mut message = self.spare.pop().unwrap_or_default();
         refusal(&question, code, &mut message);
         self.recycle(question);
         if message.is_empty() {
             return self.recycle(message);
         }
-        self.reply(key, message);
+        self.reply(asker, message);
     }
 
-    fn reply(&mut self, key: FlowKey, message: Vec<u8>) {
+    fn reply(&mut self, asker: Asker, message: Vec<u8>) {
+        if let Some(client) = asker.client {
+            self.reply_client(client, &message);
+            return self.recycle(message);
+        }
         if self.replies.len() >= MAX_REPLIES {
             return self.recycle(message);
         }
+        let key = asker.key;
         self.replies.push_back(Reply { key, message });
     }
 
@@ -383,6 +415,7 @@ impl DnsProxy {
             if let Some(timer) = self.timer.take() {
                 registry.cancel_timer(timer);
             }
+            self.close_clients(registry);
         }
         let servers = std::mem::take(&mut self.servers);
         *self = Self::new(self.limits);

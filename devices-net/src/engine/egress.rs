@@ -150,8 +150,8 @@ pub trait EgressPolicy: Send {
         true
     }
 
-    /// Returns true if answers matter: the guest then cannot ask the host's servers over TCP,
-    /// where nobody reads them. It is false by default.
+    /// Returns true if answers matter: the engine then reads all of them, those over TCP and of
+    /// other name servers included. It is false by default.
     fn restricts_names(&self) -> bool {
         false
     }

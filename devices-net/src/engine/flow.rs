@@ -96,6 +96,8 @@ pub(crate) enum TokenKind {
     NameTimer,
     /// The timer of all flows that wait because of a rate.
     RateTimer,
+    /// A client of the name server over TCP.
+    NameClient,
     /// An exposed port.
     Exposed,
     /// The timer of all clients of exposed UDP ports.
@@ -104,7 +106,7 @@ pub(crate) enum TokenKind {
 
 /// Bit of all tokens of engines, among those of backends.
 const ENGINE: u64 = 1 << 61;
-const KINDS: [TokenKind; 16] = [
+const KINDS: [TokenKind; 17] = [
     TokenKind::Tcp,
     TokenKind::TcpTimer,
     TokenKind::Serve,
@@ -119,6 +121,7 @@ const KINDS: [TokenKind; 16] = [
     TokenKind::Journal,
     TokenKind::NameTimer,
     TokenKind::RateTimer,
+    TokenKind::NameClient,
     TokenKind::Exposed,
     TokenKind::ExposedTimer,
 ];

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind,
-    connect, getsockname, listen, sendmsg, socket_with, sockopt,
+    connect, getsockname, listen, sendmsg, socket_with, socketpair, sockopt,
 };
 
 use crate::wire::IcmpUnreachable;
@@ -101,6 +101,12 @@ pub(crate) fn bind_port(address: SocketAddr, kind: SocketType) -> Result<OwnedFd
         listen(&socket, BACKLOG)?;
     }
     Ok(socket)
+}
+
+/// Creates a pair of stream sockets.
+pub(crate) fn pair() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
 /// Returns the address of a socket.

@@ -18,6 +18,7 @@ mod serve;
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -125,23 +126,32 @@ impl TcpFlows {
             return turn.limited("pending TCP connections", &key);
         }
         let request = request(&key);
+        if turn.serves_names(&request) {
+            if let Err(failure) = self.connect_names(turn, key, segment) {
+                fail(turn, &key, segment.sequence, failure);
+            }
+            return;
+        }
         let verdict = turn.judge(&request);
         let failure = match verdict.address() {
             None => Failure::Unreachable(IcmpUnreachable::Prohibited),
-            Some(address) => match self.connect(turn, key, segment, address) {
-                Ok(slot) => {
-                    if let EgressVerdict::ConnectNamed(_) = verdict
-                        && let Some(flow) = self.table.get_mut(slot)
-                    {
-                        flow.host.held = true;
+            Some(address) => {
+                turn.policy.flow_opened(&request);
+                match self.connect(turn, key, segment, address) {
+                    Ok(slot) => {
+                        if let Some(flow) = self.table.get_mut(slot) {
+                            flow.host.held = verdict == EgressVerdict::ConnectNamed(address);
+                        }
+                        return;
                     }
-                    return turn.policy.flow_opened(&request);
+                    Err(failure) => {
+                        turn.stats.tcp_failed += 1;
+                        let tally = turn.journal.begin(turn.now);
+                        (turn.journal).ended(FlowProtocol::Tcp, key, tally, end_of(failure));
+                        failure
+                    }
                 }
-                Err(failure) => {
-                    turn.stats.tcp_failed += 1;
-                    failure
-                }
-            },
+            }
         };
         fail(turn, &key, segment.sequence, failure);
     }
@@ -154,6 +164,33 @@ impl TcpFlows {
         address: SocketAddr,
     ) -> Result<u32, Failure> {
         let socket = socket::connect_stream(address).map_err(Failure::of)?;
+        self.insert(turn, key, segment, socket)
+    }
+
+    /// Connects to the engine's own name server.
+    fn connect_names(
+        &mut self,
+        turn: &mut Turn<'_>,
+        key: FlowKey,
+        segment: &TcpSegment,
+    ) -> Result<(), Failure> {
+        let (near, far) = socket::pair().map_err(Failure::of)?;
+        let slot = self.insert(turn, key, segment, near)?;
+        if let Some(flow) = self.table.get_mut(slot) {
+            flow.host.internal = true;
+        }
+        turn.name_clients.push((key, far));
+        Ok(())
+    }
+
+    /// Inserts a flow whose host socket is connecting.
+    fn insert(
+        &mut self,
+        turn: &mut Turn<'_>,
+        key: FlowKey,
+        segment: &TcpSegment,
+        socket: OwnedFd,
+    ) -> Result<u32, Failure> {
         let token = token(TokenKind::Tcp, self.table.next_slot());
         let socket = turn.registry.add(socket, token, INTEREST);
         let socket = socket.map_err(|error| Failure::of_io(&error))?;
@@ -316,7 +353,7 @@ impl TcpFlows {
             let Some(flow) = self.table.get_mut(slot) else {
                 continue;
             };
-            if flow.host.from_host {
+            if flow.host.from_host || flow.host.internal {
                 continue;
             }
             let request = request(&flow.key);
@@ -361,9 +398,11 @@ impl TcpFlows {
         let Some(flow) = self.table.remove(slot) else {
             return;
         };
-        match flow.host.from_host {
-            true => journal.ended_by_host(FlowProtocol::Tcp, flow.key, flow.tally, end),
-            false => journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end),
+        match (flow.host.from_host, flow.host.internal) {
+            (true, _) => journal.ended_by_host(FlowProtocol::Tcp, flow.key, flow.tally, end),
+            // The policy does not know it.
+            (_, true) => {}
+            _ => journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end),
         }
         self.names.remove(slot);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
@@ -442,6 +481,15 @@ fn fail(turn: &mut Turn<'_>, key: &FlowKey, sequence: u32, failure: Failure) {
         }
         // The guest repeats its SYN.
         Failure::Resources => turn.limited("descriptors for connections", key),
+    }
+}
+
+/// The end of a flow that could not connect.
+fn end_of(failure: Failure) -> FlowEnd {
+    match failure {
+        Failure::Refused => FlowEnd::Refused,
+        Failure::Unreachable(_) => FlowEnd::Unreachable,
+        Failure::Resources => FlowEnd::Evicted,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The parts of an engine that all its protocols use during one call.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use sm_event_loop::Registry;
@@ -23,6 +24,8 @@ pub(crate) struct Turn<'a> {
     pub(crate) answers: &'a mut Answers,
     pub(crate) journal: &'a mut Journal,
     pub(crate) rates: &'a mut Rates,
+    /// Other ends of connections to the gateway's name server.
+    pub(crate) name_clients: &'a mut Vec<(FlowKey, OwnedFd)>,
     pub(crate) registry: &'a mut dyn Registry,
     /// Ethernet address of the guest.
     pub(crate) guest: MacAddress,
@@ -54,6 +57,12 @@ impl Turn<'_> {
             self.journal.refused(self.policy, request);
         }
         verdict
+    }
+
+    /// Returns true for a flow to the gateway's name server that ends in the engine, as answers
+    /// matter.
+    pub(crate) fn serves_names(&self, request: &EgressRequest) -> bool {
+        self.name_server.is_some() && self.is_name_server(request) && self.policy.restricts_names()
     }
 
     /// Asks the policy about a flow that it has allowed before.

@@ -12,10 +12,10 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use sm_event_loop::{Interest, Registered};
 
-use super::super::flow::{FlowKey, TokenKind, token};
+use super::super::flow::{TokenKind, token};
 use super::super::socket;
 use super::super::turn::Turn;
-use super::{DnsProxy, ResponseCode};
+use super::{Asker, DnsProxy, ResponseCode};
 use crate::dns::{answers, is_truncated};
 use crate::wire::MAX_IP_PACKET;
 
@@ -28,7 +28,7 @@ const READ: usize = 4096;
 
 /// A question that waits for an answer.
 pub(super) struct Lookup {
-    pub(super) key: FlowKey,
+    pub(super) asker: Asker,
     pub(super) guest_id: u16,
     pub(super) name: String,
     /// With a number of this side.

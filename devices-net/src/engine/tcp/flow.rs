@@ -44,6 +44,8 @@ pub(super) struct Host {
     pub(super) shut: bool,
     /// It cannot send any more.
     pub(super) failed: bool,
+    /// It is one end of a pair, whose other end the engine's name server has.
+    pub(super) internal: bool,
     /// A client of the host has begun the flow.
     pub(super) from_host: bool,
     /// No byte of the guest is sent before the flow has proven its name.

@@ -3,11 +3,10 @@
 use sm_event_loop::Readiness;
 
 use super::super::egress::FlowProtocol;
-use super::super::events::FlowEnd;
-use super::super::socket::{Failure, take_error};
+use super::super::socket::take_error;
 use super::super::turn::Turn;
 use super::control::Phase;
-use super::{TcpFlows, fail, failure};
+use super::{TcpFlows, end_of, fail, failure};
 
 /// Number of times that segments are sent again until the guest is taken for dead: five
 /// minutes, in which it may have been paused.
@@ -47,7 +46,9 @@ impl TcpFlows {
                 flow.host.connected = true;
                 self.connecting -= 1;
                 turn.stats.tcp_connected += 1;
-                turn.opened(FlowProtocol::Tcp, &flow.key);
+                if !flow.host.internal {
+                    turn.opened(FlowProtocol::Tcp, &flow.key);
+                }
                 if flow.host.held {
                     let key = flow.key;
                     self.await_name(turn, key);
@@ -59,11 +60,7 @@ impl TcpFlows {
                 let key = flow.key;
                 let sequence = flow.control.receive_next.wrapping_sub(1);
                 turn.stats.tcp_failed += 1;
-                let end = match failure(error) {
-                    Failure::Refused => FlowEnd::Refused,
-                    Failure::Unreachable(_) => FlowEnd::Unreachable,
-                    Failure::Resources => FlowEnd::Evicted,
-                };
+                let end = end_of(failure(error));
                 self.remove(turn.registry, turn.journal, slot, end);
                 fail(turn, &key, sequence, failure(error));
                 false
