@@ -2,19 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+pub use super::flow::FlowProtocol;
 use super::handle::EngineHandle;
-
-/// The transport of a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum FlowProtocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// Echo requests of ICMP; the port is zero.
-    Echo,
-}
 
 /// A flow that the guest begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

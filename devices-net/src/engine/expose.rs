@@ -17,6 +17,7 @@ use super::config::{EngineConfig, EngineLimits};
 use super::egress::FlowProtocol;
 use super::events::FlowEnd;
 use super::flow::{FlowKey, TokenKind, token};
+use super::handle::NewPort;
 use super::journal::{Journal, Tally};
 use super::link::{GuestFrame, LinkFull};
 use super::output::Output;
@@ -32,15 +33,6 @@ const QUANTUM: usize = 16;
 const ATTEMPTS: u16 = 64;
 /// Smallest time between two timers: flows may live that much longer.
 const TICK: Duration = Duration::from_secs(1);
-
-/// A port that is to be exposed.
-#[derive(Debug)]
-pub(crate) struct NewPort {
-    pub(crate) number: u64,
-    pub(crate) protocol: FlowProtocol,
-    pub(crate) socket: OwnedFd,
-    pub(crate) guest_port: u16,
-}
 
 struct Port {
     number: u64,

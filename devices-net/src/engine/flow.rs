@@ -5,6 +5,18 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 /// Port of name servers.
 pub(crate) const DNS_PORT: u16 = 53;
 
+/// The transport of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FlowProtocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// Echo requests of ICMP; the port is zero.
+    Echo,
+}
+
 /// One end of a flow. An address of IPv4 is in its mapped form, which no packet has.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct End {

@@ -12,9 +12,7 @@ use sm_event_loop::{Interest, Registered, Registry, new_eventfd, signal};
 use super::NetEngine;
 use super::capture::FrameCapture;
 use super::config::NameServers;
-use super::egress::FlowProtocol;
-use super::expose::NewPort;
-use super::flow::{TokenKind, token};
+use super::flow::{FlowProtocol, TokenKind, token};
 use super::rate::NetRate;
 use super::socket;
 
@@ -52,6 +50,15 @@ pub(super) struct Changes {
     capture: Option<Option<FrameCapture>>,
     exposed: Vec<NewPort>,
     closed: Vec<u64>,
+}
+
+/// A port that is to be exposed.
+#[derive(Debug)]
+pub(crate) struct NewPort {
+    pub(crate) number: u64,
+    pub(crate) protocol: FlowProtocol,
+    pub(crate) socket: OwnedFd,
+    pub(crate) guest_port: u16,
 }
 
 /// A port of the host that reaches the guest.
