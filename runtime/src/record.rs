@@ -250,11 +250,14 @@ impl Record {
                 None => VmState::Running,
             });
         };
-        match self.exit()?.or(self.interrupted_exit()?) {
-            Some(exit) => Ok(VmState::Exited(exit)),
-            None if self.is_created()? => Ok(VmState::Created),
-            None => Ok(VmState::Exited(ExitRecord::lost())),
+        if let Some(exit) = self.exit()? {
+            return Ok(VmState::Exited(exit));
         }
+        if self.is_created()? {
+            return Ok(VmState::Created);
+        }
+        let interrupted = self.interrupted_exit()?;
+        Ok(VmState::Exited(interrupted.unwrap_or_else(ExitRecord::lost)))
     }
 
     /// Reads the exit record, if there is one.
