@@ -257,7 +257,9 @@ impl Record {
             return Ok(VmState::Created);
         }
         let interrupted = self.interrupted_exit()?;
-        Ok(VmState::Exited(interrupted.unwrap_or_else(ExitRecord::lost)))
+        Ok(VmState::Exited(
+            interrupted.unwrap_or_else(ExitRecord::lost),
+        ))
     }
 
     /// Reads the exit record, if there is one.

@@ -347,16 +347,18 @@ fn full_a_million_files_are_found_without_a_descriptor_for_each() {
     const EACH: usize = 100;
     let home = Home::shared();
     let folder = tempfile::tempdir().unwrap();
+    let tree = folder.path().join("tree");
+    // A tmpfs has inodes for half of the pages of memory, unless it is told otherwise.
+    let options = ["-t", "tmpfs", "-o", "nr_inodes=0", "tmpfs"];
+    let _tmpfs = lab().then(|| Mount::new(&options, &tree));
     for directory in 0..DIRECTORIES {
-        let path = folder
-            .path()
-            .join(format!("{}/{directory}", directory % 50));
+        let path = tree.join(format!("{}/{directory}", directory % 50));
         fs::create_dir_all(&path).unwrap();
         for file in 0..EACH {
             fs::File::create(path.join(file.to_string())).unwrap();
         }
     }
-    let mount = format!("{}:/t:ro", folder.path().display());
+    let mount = format!("{}:/t:ro", tree.display());
     let image = image("busybox");
     // The first one makes the snapshot, of which the memory of the next one is a mapping.
     run(home, &[], "true").exits(0);

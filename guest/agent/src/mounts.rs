@@ -154,14 +154,7 @@ fn prepare(mount_of: &GuestMount, at: &Path, shares: &Path) -> io::Result<OwnedF
     let tree: PathBuf = match &mount_of.source {
         GuestMountSource::Disk { device, .. } => {
             device::wait_for_capacity(Path::new(device), DEVICE_DEADLINE)?;
-            let flags = flags | MountFlags::NOATIME | MountFlags::LAZYTIME;
-            mount(
-                device.as_str(),
-                at,
-                "ext4",
-                flags,
-                Some(c"commit=30,discard"),
-            )?;
+            device::mount_ext4(device, at, flags)?;
             at.join(DATA)
         }
         GuestMountSource::Shared { name, file, .. } => {

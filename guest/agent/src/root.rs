@@ -221,9 +221,7 @@ fn mount_upper(directory: &Path, plan: &AttachRoot) -> Result<PathBuf, RootError
         Upper::Tmpfs { size } => tmpfs(&size.to_string())?,
         Upper::Ext4 { device } => {
             wait_if_block(device)?;
-            let flags = MountFlags::NOATIME | MountFlags::LAZYTIME;
-            let options = Some(c"commit=30,discard");
-            mount(device.as_str(), &target, "ext4", flags, options)
+            device::mount_ext4(device, &target, MountFlags::empty())
                 .context(|| format!("mount {device} (ext4) for changes"))?;
         }
     }
