@@ -348,7 +348,7 @@ fn full_a_million_files_are_found_without_a_descriptor_for_each() {
     let home = Home::shared();
     let folder = tempfile::tempdir().unwrap();
     let tree = folder.path().join("tree");
-    // A tmpfs has inodes for half of the pages of memory, unless it is told otherwise.
+    // By default, a tmpfs has inodes for half of the pages of memory.
     let options = ["-t", "tmpfs", "-o", "nr_inodes=0", "tmpfs"];
     let _tmpfs = lab().then(|| Mount::new(&options, &tree));
     for directory in 0..DIRECTORIES {
