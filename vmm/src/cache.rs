@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 
+use sm_control::config::NetworkMode;
 use sm_control::launch::{ImageSource, LaunchRequest};
 use sm_control::with_causes;
 use sm_snapshot::Error;
@@ -69,7 +70,8 @@ impl Cache {
             format!("{layer}-{mib}m-{vcpus}c-{short}")
         };
         // All parameters of attaching the root, except those that every start sends again
-        // (host name and network).
+        // (host name and addresses). A guest without a network has no driver on its device,
+        // and to put it back at each start takes time.
         let root = serde_json::to_vec(&(
             &request.config.image_digest,
             &image.root,
@@ -77,6 +79,7 @@ impl Cache {
             request.upper_size,
             request.shm_size,
             request.config.read_only,
+            request.config.network.mode == NetworkMode::None,
         ))
         .map_err(|error| format!("cannot describe the root: {error}"))?;
         Ok(Self {
