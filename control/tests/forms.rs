@@ -266,10 +266,13 @@ fn networks_are_written_and_read() {
     network.hosts = vec![("host-gateway".into(), "host".into())];
     network.mac = Some("02:00:00:00:00:07".into());
     network.mtu = 9000;
+    network.rate = std::num::NonZeroU64::new(7);
+    network.capture = Some("/p".into());
     form["network"] = json!({
         "mode": "user", "allow": ["tcp:example.com:443"], "deny": ["10.0.0.0/8"],
         "dns": ["10.0.0.2"], "dns_search": ["a.example"], "dns_options": ["ndots:2"],
         "hosts": [["host-gateway", "host"]], "mac": "02:00:00:00:00:07", "mtu": 9000,
+        "rate": 7, "capture": "/p",
     });
     assert_eq!(
         serde_json::to_value(StoredConfigV1::from(config.clone())).unwrap(),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use sm_control::config::HOST_GATEWAY;
@@ -59,6 +61,11 @@ pub struct NetworkOptions {
     /// Maximum length of an IP packet in bytes, from [`MIN_MTU`] to [`MAX_MTU`]; 1500 by
     /// default.
     pub mtu: Option<u16>,
+    /// Bytes in a second that the guest may send, and as many that it may receive.
+    pub rate: Option<NonZeroU64>,
+    /// File to which the guest's frames are written, at most 1 GiB, in the format of tcpdump(8).
+    /// It is created or overwritten at each start; a clone has its own.
+    pub capture: Option<PathBuf>,
 }
 
 impl NetworkOptions {
@@ -74,6 +81,8 @@ impl NetworkOptions {
         config.mtu = self.mtu.unwrap_or(config.mtu);
         // No two VMs have one by themselves.
         config.mac = self.mac.map(|mac| mac.to_string());
+        config.capture.clone_from(&self.capture);
+        config.rate = self.rate.or(config.rate);
         set(&mut config.allow, &self.allow);
         set(&mut config.deny, &self.deny);
         set(&mut config.dns_search, &self.dns_search);
@@ -91,6 +100,12 @@ impl NetworkOptions {
 
     /// Checks what the types do not.
     pub(crate) fn check(&self) -> Result<(), OptionError> {
+        if self.mode == Some(NetworkMode::None) && (self.rate.is_some() || self.capture.is_some()) {
+            return Err(OptionError::NoNetwork);
+        }
+        if let Some(path) = self.capture.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(OptionError::CapturePath(path.clone()));
+        }
         if let Some(mtu) = self.mtu.filter(|mtu| !(MIN_MTU..=MAX_MTU).contains(mtu)) {
             return Err(OptionError::Mtu {
                 mtu,
@@ -306,9 +321,12 @@ mod tests {
         made_of.deny = vec!["10.0.0.0/8".into()];
         made_of.mac = Some("02:00:00:00:00:07".into());
         made_of.mtu = 9000;
+        made_of.rate = NonZeroU64::new(7);
+        made_of.capture = Some("/p".into());
         let mut expected = made_of.clone();
         // Two VMs with one address would be one.
         expected.mac = None;
+        expected.capture = None;
         assert_eq!(NetworkOptions::default().applied_to(&made_of), expected);
         let options = NetworkOptions {
             mode: Some(NetworkMode::User),
@@ -320,6 +338,20 @@ mod tests {
         expected.allow = vec!["private".into()];
         expected.hosts = vec![("host-gateway".into(), "me".into())];
         assert_eq!(options.applied_to(&made_of), expected);
+    }
+
+    #[test]
+    fn without_a_network_nothing_is_captured() {
+        let mut options = NetworkOptions {
+            mode: Some(NetworkMode::None),
+            capture: Some("/p".into()),
+            ..NetworkOptions::default()
+        };
+        assert_eq!(options.check(), Err(OptionError::NoNetwork));
+        options.mode = None;
+        options.check().unwrap();
+        options.capture = Some("p".into());
+        assert_eq!(options.check(), Err(OptionError::CapturePath("p".into())));
     }
 
     #[test]

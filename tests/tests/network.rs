@@ -305,7 +305,20 @@ fn many_bytes_go_both_ways() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let rule = format!("tcp:host:{port}");
-    let vm = idle(home, &["--allow-net", &rule, "--mtu", "9000"]);
+    let directory = tempfile::tempdir().unwrap();
+    let pcap = directory.path().join("packets");
+    let written = pcap.to_str().unwrap();
+    let options = [
+        "--allow-net",
+        &rule,
+        "--mtu",
+        "9000",
+        "--net-rate",
+        "1g",
+        "--pcap",
+        written,
+    ];
+    let vm = idle(home, &options);
     let mtu = vm.exec(&["cat", "/sys/class/net/eth0/mtu"]).exits(0).out();
     assert_eq!(mtu.trim(), "9000");
     let echo = std::thread::spawn(move || {
@@ -328,4 +341,7 @@ fn many_bytes_go_both_ways() {
     );
     vm.exec(&["sh", "-c", &script]).exits(0);
     assert_eq!(echo.join().unwrap(), 20_000_000);
+    drop(vm);
+    // Both directions, with headers.
+    assert!(std::fs::metadata(&pcap).unwrap().len() > 40_000_000);
 }

@@ -1,9 +1,13 @@
 //! Arguments about a VM's network.
 
 use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
 
 use clap::Args;
 use sm_runtime::network::{GuestMac, HostLine, NetRule, NetworkMode, NetworkOptions};
+
+use crate::units::parse_size;
 
 /// Options of the network of a new VM.
 #[derive(Debug, Args)]
@@ -39,6 +43,13 @@ pub(crate) struct NetworkArgs {
     /// Largest packet of the network in bytes [default: 1500]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u16>,
+    /// Bytes that the guest may send in a second, such as 10m, and as many that it may receive
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub(crate) net_rate: Option<NonZeroU64>,
+    /// Write the guest's packets to a file, for tcpdump or Wireshark; it is overwritten at each
+    /// start, and at most 1 GiB long
+    #[arg(long, value_name = "FILE", value_parser = parse_absolute)]
+    pub(crate) pcap: Option<PathBuf>,
 }
 
 /// The form of a rule.
@@ -57,8 +68,22 @@ impl NetworkArgs {
         options.hosts.clone_from(&self.add_host);
         options.mac = self.mac_address;
         options.mtu = self.mtu;
+        options.rate = self.net_rate;
+        options.capture.clone_from(&self.pcap);
         options
     }
+}
+
+/// Parses a number of bytes in a second.
+fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let rate = parse_size(text)?;
+    NonZeroU64::new(rate)
+        .ok_or_else(|| "with 0, nothing could be sent: write --network none".into())
+}
+
+/// Parses a path, relative to the current directory.
+fn parse_absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| format!("\"{text}\" is no path: {error}"))
 }
 
 /// Parses the kind of a network, also by Docker's names for that of a container.
@@ -83,6 +108,13 @@ fn parse_network(text: &str) -> Result<NetworkMode, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_not_zero() {
+        assert_eq!(parse_rate("10m"), Ok(NonZeroU64::new(10 << 20).unwrap()));
+        assert!(parse_rate("0").is_err() && parse_rate("fast").is_err());
+        assert!(parse_absolute("x.pcap").unwrap().is_absolute());
+    }
 
     #[test]
     fn networks_have_dockers_names() {

@@ -1,6 +1,8 @@
 //! The network of a VM.
 
 use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +77,12 @@ pub struct NetworkConfigV1 {
     pub mac: Option<String>,
     /// Maximum length of an IP packet.
     pub mtu: u16,
+    /// Bytes in a second that the guest may send, and as many that it may receive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<NonZeroU64>,
+    /// Absolute path of a file to which the guest's frames are written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capture: Option<PathBuf>,
 }
 
 impl Default for NetworkConfigV1 {
@@ -89,6 +97,8 @@ impl Default for NetworkConfigV1 {
             hosts: Vec::new(),
             mac: None,
             mtu: 1500,
+            rate: None,
+            capture: None,
         }
     }
 }

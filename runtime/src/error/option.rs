@@ -105,6 +105,12 @@ pub enum OptionError {
         /// The largest one.
         maximum: u16,
     },
+    /// A VM without a network has neither a rate nor frames to capture.
+    #[error("a VM without a network has no rate to limit, and no packets to write to a file")]
+    NoNetwork,
+    /// The path of a file for captured frames is relative.
+    #[error("the path of the file for packets, \"{}\", is not absolute", .0.display())]
+    CapturePath(PathBuf),
     /// A search domain, or an option of the resolver, is none.
     #[error("\"{0}\" is no word of resolv.conf")]
     ResolverWord(String),

@@ -4,9 +4,10 @@
 mod addresses;
 mod log;
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -14,7 +15,8 @@ use sm_control::config::{HOST_GATEWAY, NetworkConfigV1, NetworkMode};
 use sm_control::with_causes;
 use sm_devices_net::dns::ResolvConf;
 use sm_devices_net::engine::{
-    EgressRequest, EgressVerdict, EngineBackend, EngineConfig, EngineLimits, NameServers, NetEngine,
+    EgressRequest, EgressVerdict, EngineBackend, EngineConfig, EngineLimits, FrameCapture,
+    NameServers, NetEngine, NetRate,
 };
 use sm_devices_net::policy::{NetPolicy, NetRule, PolicyGate, PolicyHandle};
 use sm_devices_net::wire::MacAddress;
@@ -41,6 +43,8 @@ pub const MAX_MTU: u16 = 65_520;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 const DNS_PORT: u16 = 53;
+/// Most bytes of captured frames.
+const MAX_CAPTURE: u64 = 1 << 30;
 /// Most search domains and options that a guest gets.
 const MAX_WORDS: usize = 16;
 /// Longest search domain and option.
@@ -114,6 +118,12 @@ impl Network {
                 };
                 let mut engine = NetEngine::new(addresses, Box::new(gate));
                 engine.set_name_servers(name_servers(config));
+                if let Some(rate) = config.rate {
+                    engine.set_rate(NetRate::both(rate));
+                }
+                if let Some(path) = &config.capture {
+                    engine.set_capture(Some(capture(path)?));
+                }
                 let mut log = NetworkLog::new(directory);
                 engine.set_event_sink(Box::new(move |event| log.note(event)));
                 let backend = Box::new(EngineBackend::new(engine));
@@ -240,6 +250,16 @@ fn policy(config: &NetworkConfigV1) -> Result<NetPolicy, String> {
     Ok(NetPolicy::new(parse(&config.allow)?, parse(&config.deny)?))
 }
 
+/// Begins a capture of the guest's frames.
+fn capture(path: &Path) -> Result<FrameCapture, String> {
+    let mut options = OpenOptions::new();
+    let file = options.create(true).write(true).truncate(true).mode(0o600);
+    let begun = file
+        .open(path)
+        .and_then(|file| FrameCapture::new(file, MAX_CAPTURE));
+    begun.map_err(|error| format!("cannot write packets to {path:?}: {error}"))
+}
+
 /// Returns the name servers that the guest's questions are passed on to.
 fn name_servers(config: &NetworkConfigV1) -> NameServers {
     if config.dns.is_empty() {
@@ -361,6 +381,25 @@ mod tests {
         let dns = guest_dns(&NetworkConfigV1::default(), Some(host));
         assert_eq!(dns.search, ["a.example", "d_e.example"]);
         assert_eq!(dns.options, ["ndots:2"]);
+    }
+
+    #[test]
+    fn frames_are_written_to_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = NetworkConfigV1::default();
+        config.capture = Some(directory.path().join("p"));
+        std::fs::write(directory.path().join("p"), [0; 100]).unwrap();
+        drop(Network::start(&config, 1000, Path::new("/"), false).unwrap());
+        let written = std::fs::read(directory.path().join("p")).unwrap();
+        assert_eq!(
+            (written.len(), &written[..4]),
+            (24, &[0xd4, 0xc3, 0xb2, 0xa1][..])
+        );
+        config.capture = Some(directory.path().to_owned());
+        let error = Network::start(&config, 1000, Path::new("/"), false)
+            .err()
+            .unwrap();
+        assert!(error.contains("cannot write packets"), "{error}");
     }
 
     #[test]
