@@ -3,6 +3,11 @@
 //! The parser gets the first bytes of a connection, copied out of the guest's memory. It looks
 //! at nothing but lengths and the extension with the name: the peer checks the rest.
 //!
+//! A ClientHello may have an encrypted one inside, with another name (RFC 9849). That is not
+//! readable, and browsers send a random one in any case: it is allowed by the outer name. A guest
+//! that got the peer's keys otherwise than from name servers, whose answers lose them, can reach
+//! another name of a peer that has several.
+//!
 //! Architecture invariants: no bytes make it panic, allocate more than [`MAX_HELLO`] bytes and
 //! a name, or loop more often than there are bytes; what is ambiguous is malformed, so that a
 //! peer cannot read another name than this.

@@ -137,7 +137,8 @@ impl EngineHandle {
         Ok(ExposedPort { number, address })
     }
 
-    /// Closes a port of [`Self::expose`]. Connections of TCP go on.
+    /// Closes a port of [`Self::expose`] as soon as the engine takes note of it. Connections of TCP
+    /// go on.
     pub fn unexpose(&self, port: ExposedPort) {
         self.change(|changes| changes.closed.push(port.number));
     }
