@@ -5,7 +5,9 @@
 use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
-use sm_devices_net::dns::{DnsCache, addresses, age, answers, largest_response, lifetime, strip_ech};
+use sm_devices_net::dns::{
+    DnsCache, addresses, age, answers, largest_response, lifetime, strip_ech,
+};
 
 fuzz_target!(|data: &[u8]| {
     let mut response = data.to_vec();

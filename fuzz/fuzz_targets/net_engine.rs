@@ -8,8 +8,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 use libfuzzer_sys::fuzz_target;
 use sm_devices_net::NetHeader;
 use sm_devices_net::engine::{
-    EgressRequest, EgressVerdict, EngineConfig, FlowProtocol, GuestLink, LinkFull, LinkOffloads,
-    NameServers, NetEngine,
+    EgressPolicy, EgressRequest, EgressVerdict, EngineConfig, FlowProtocol, GuestLink, LinkFull,
+    LinkOffloads, NameServers, NetEngine, RefusalReason, event_channel,
 };
 use sm_devices_net::wire::{
     EtherType, EthernetHeader, Fragment, HEAD, Head, IpPacket, IpProtocol, MacAddress,
@@ -76,6 +76,30 @@ fn judge(request: &EgressRequest) -> EgressVerdict {
     }
 }
 
+/// The same, under rules about names: flows to ports below 256 have to prove one.
+struct Named;
+
+impl EgressPolicy for Named {
+    fn judge(&mut self, request: &EgressRequest) -> EgressVerdict {
+        match (judge(request), request.destination.port()) {
+            (EgressVerdict::Connect(address), 0..256) => EgressVerdict::ConnectNamed(address),
+            (verdict, _) => verdict,
+        }
+    }
+
+    fn may_name(
+        &mut self,
+        _request: &EgressRequest,
+        name: Option<&str>,
+    ) -> Result<(), RefusalReason> {
+        name.map(drop).ok_or_else(RefusalReason::default)
+    }
+
+    fn restricts_names(&self) -> bool {
+        true
+    }
+}
+
 /// A frame with headers around `bytes`, so that they reach the transports.
 fn frame(kind: u8, bytes: &[u8]) -> Vec<u8> {
     if kind & 7 == 0 {
@@ -109,7 +133,16 @@ fn frame(kind: u8, bytes: &[u8]) -> Vec<u8> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut engine = NetEngine::new(EngineConfig::default(), Box::new(judge));
+    let Some((first, data)) = data.split_first() else {
+        return;
+    };
+    let policy: Box<dyn EgressPolicy> = match first & 1 {
+        0 => Box::new(judge),
+        _ => Box::new(Named),
+    };
+    let mut engine = NetEngine::new(EngineConfig::default(), policy);
+    let (sink, events) = event_channel(16);
+    engine.set_event_sink(sink);
     engine.set_name_servers(NameServers::Fixed(vec![SocketAddr::from((
         [127, 0, 0, 1],
         9,
@@ -128,6 +161,9 @@ fuzz_target!(|data: &[u8]| {
             if *kind == 255 {
                 gateway.link.full ^= true;
             }
+            if *kind == 254 {
+                gateway.engine.handle().judge_again();
+            }
             gateway
                 .engine
                 .guest_frame(&frame(*kind, bytes).as_slice(), registry);
@@ -144,5 +180,6 @@ fuzz_target!(|data: &[u8]| {
     event_loop.with(id, |registry| gateway.engine.reset(Some(registry)));
     let stats = gateway.engine.stats();
     assert_eq!((stats.tcp_flows, stats.udp_flows), (0, 0));
+    assert!(events.try_iter().count() <= 16);
     while LISTENER.accept().is_ok() {}
 });
