@@ -185,6 +185,14 @@ fn a_flow_goes_on_with_an_allowed_name_only() {
     named.handle.set_policy(policy("cdn.example.com", ""));
     let error = guest.read(&mut [0; 8]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let address = guest.local_addr().unwrap();
+    let name = loop {
+        match events.recv_timeout(SOON).unwrap() {
+            NetEvent::Ended(flow, _) if flow.guest == address => break flow.name,
+            _ => {}
+        }
+    };
+    assert_eq!(name.as_deref(), Some("www.example.com"));
 }
 
 #[test]

@@ -55,7 +55,8 @@ pub struct FlowRecord {
     pub guest: SocketAddr,
     /// The other end, as the guest sees it.
     pub remote: SocketAddr,
-    /// The name for which the guest got the address, if it got it for one.
+    /// The name for which the guest got the address, if it got it for one; at the end, that which
+    /// the flow has proven, if it had to.
     pub name: Option<String>,
     /// The text of the narrowest rule that allows the flow, if the policy has rules.
     pub rule: Option<String>,

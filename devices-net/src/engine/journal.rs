@@ -39,6 +39,8 @@ struct EndedFlow {
     tally: Tally,
     end: FlowEnd,
     from_host: bool,
+    /// The name that it has proven.
+    name: Option<Box<str>>,
 }
 
 /// A destination or a name that is refused.
@@ -160,7 +162,22 @@ impl Journal {
             tally,
             end,
             from_host: false,
+            name: None,
         });
+    }
+
+    /// Notes that a flow of TCP has ended that has proven a name, if it has.
+    pub(crate) fn ended_named(
+        &mut self,
+        key: FlowKey,
+        tally: Tally,
+        end: FlowEnd,
+        name: Option<Box<str>>,
+    ) {
+        self.ended(FlowProtocol::Tcp, key, tally, end);
+        if let Some(flow) = self.ended.last_mut() {
+            flow.name = name;
+        }
     }
 
     /// Notes that a client of the host has begun a flow.
@@ -238,10 +255,13 @@ impl Journal {
             if let Some(log) = self.log.as_mut()
                 && log.may_report(now)
             {
-                let record = match flow.from_host {
+                let mut record = match flow.from_host {
                     true => record_of_host(flow.protocol, &flow.key),
                     false => record(policy, flow.protocol, &flow.key),
                 };
+                if let Some(name) = flow.name {
+                    record.name = Some(name.into());
+                }
                 let summary = FlowSummary {
                     from_guest: flow.tally.from_guest,
                     to_guest: flow.tally.to_guest,

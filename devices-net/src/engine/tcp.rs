@@ -398,13 +398,13 @@ impl TcpFlows {
         let Some(flow) = self.table.remove(slot) else {
             return;
         };
+        let name = self.names.remove(slot);
         match (flow.host.from_host, flow.host.internal) {
             (true, _) => journal.ended_by_host(FlowProtocol::Tcp, flow.key, flow.tally, end),
             // The policy does not know it.
             (_, true) => {}
-            _ => journal.ended(FlowProtocol::Tcp, flow.key, flow.tally, end),
+            _ => journal.ended_named(flow.key, flow.tally, end, name),
         }
-        self.names.remove(slot);
         if flow.control.phase == Phase::Connecting && !flow.host.connected {
             self.connecting -= 1;
         }

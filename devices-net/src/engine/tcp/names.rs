@@ -37,8 +37,9 @@ impl FlowNames {
         self.proven.get(&slot).map(|name| &**name)
     }
 
-    pub(super) fn remove(&mut self, slot: u32) {
-        self.proven.remove(&slot);
+    /// Forgets the name of a flow, and returns it.
+    pub(super) fn remove(&mut self, slot: u32) -> Option<Box<str>> {
+        self.proven.remove(&slot)
     }
 
     pub(super) fn take_timer(&mut self) -> Option<Timer> {
