@@ -380,9 +380,19 @@ fn limits_and_names_are_as_asked() {
     let image = image("busybox");
     let limits = ["--ulimit", "nofile=100:200", "--shm-size", "1m"];
     let room = ["--root", "tmpfs", "--storage-opt", "size=8m"];
+    // With a network, the name server of the guest is its gateway.
+    let lonely = ["--network", "none"];
     let names = ["--add-host", "db:10.1.2.3", "--dns", "192.0.2.53"];
     let command = [image.as_str(), "sh", "-c", script];
-    let run = [&["run", "--rm"], &limits[..], &room, &names, &command].concat();
+    let run = [
+        &["run", "--rm"],
+        &limits[..],
+        &room,
+        &lonely,
+        &names,
+        &command,
+    ]
+    .concat();
     let done = sm(&run);
     let out = done.out();
     let expected = [
