@@ -1,4 +1,5 @@
 //! Files of VMs, running or not: copying, comparing, exporting, and images of the changes.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};

@@ -1,4 +1,5 @@
 //! Directories and files of the host in a guest.
+#![expect(clippy::unwrap_used, reason = "a failed expectation is a failed test")]
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
