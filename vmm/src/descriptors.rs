@@ -108,7 +108,8 @@ fn files(most: usize) -> usize {
 
 /// Returns the descriptors for connections of a guest to its network, out of `most`.
 fn flows(most: usize) -> usize {
-    (most / 4).clamp(MIN_FLOWS, MOST_FLOWS)
+    // The reserve is not for them, of whatever there are few.
+    (most.saturating_sub(RESERVE) / 4).clamp(MIN_FLOWS, MOST_FLOWS)
 }
 
 /// Returns the descriptors for exec and for published ports, out of `most`.
@@ -134,7 +135,9 @@ mod tests {
             assert!(exec + published + RESERVE + 3 <= most, "{most}");
         }
         assert_eq!((files(1024), files(1 << 20)), (256, MOST_FILES));
-        assert_eq!((flows(1024), flows(1 << 20)), (256, MOST_FLOWS));
+        assert_eq!((flows(1024), flows(1 << 20)), (128, MOST_FLOWS));
+        // Published ports still have some.
+        assert_eq!((flows(700), shares(700 - flows(700), 1)), (64, (16, 105)));
         assert_eq!(shares(1024, 0), (64, 448));
         assert_eq!(shares(1024, 128), (16, 112));
         assert_eq!(shares(1 << 20, 10), (1024, 15_344));
