@@ -59,7 +59,7 @@ pub fn read_client_hello(bytes: &[u8]) -> ClientHello {
 
 fn parse(bytes: &[u8]) -> Result<Option<String>, Stop> {
     let hello = handshake(bytes)?;
-    // What is announced is there: from here on, nothing more is to come.
+    // The message is complete: a value that ends beyond it is malformed.
     client_hello(&hello).ok_or(Stop::Malformed)
 }
 

@@ -44,9 +44,9 @@ const MAX_OPTION: usize = 64;
 pub struct NetworkOptions {
     /// Its kind; [`NetworkMode::User`] by default.
     pub mode: Option<NetworkMode>,
-    /// What the guest may reach. Without rules, public addresses.
+    /// Rules about addresses that the guest may reach; without one, public addresses.
     pub allow: Vec<NetRule>,
-    /// What it may not reach, even if another rule allows it.
+    /// Rules about addresses that it may not reach, even if another rule allows them.
     pub deny: Vec<NetRule>,
     /// Name servers instead of those of the host.
     pub dns: Vec<IpAddr>,

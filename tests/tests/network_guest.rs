@@ -436,7 +436,7 @@ fn resets(peer: &Peer<'_>) {
     served.join().unwrap().unwrap();
 }
 
-/// What fails, fails as on the host, and what is not answered holds nothing up.
+/// Connections fail as they do on the host, and those without an answer delay no others.
 fn failures(peer: &Peer<'_>) {
     let closed = TcpListener::bind("192.0.2.1:0")
         .unwrap()

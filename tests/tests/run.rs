@@ -531,7 +531,7 @@ fn capabilities_and_privileges_are_as_asked() {
     assert_eq!(sets(&one, "CapEff"), sys_time, "{one}");
     let none = status(&["--security-opt", "no-new-privileges"]);
     assert!(none.contains("NoNewPrivs:1"), "{none}");
-    // What is dropped is dropped: it changes nothing, and commands beside it have the same.
+    // Dropped capabilities have no effect, for further commands of the VM too.
     let home = Home::shared();
     let vm = home.detached(&["-m", "128m", "--cap-drop", "all", &image, "sleep", "100000"]);
     vm.exec(&["sh", "-c", "touch /f && ! chown 1:1 /f 2>/dev/null"])

@@ -89,7 +89,7 @@ pub(crate) fn run(apt: &Apt, options: &BenchNetOptions) -> Result<()> {
     Ok(())
 }
 
-/// What a measurement needs.
+/// The programs and namespaces of a measurement.
 struct Bench {
     namespaces: Namespaces,
     tap: PathBuf,

@@ -261,7 +261,7 @@ impl NetEngine {
             flows.echoes.judge_again(&mut turn);
             flows.dns.judge_again(&mut turn);
         }
-        // What has to be sent is sent in a turn.
+        // A turn sends the packets of this change.
         registry.call_again(token(TokenKind::Serve, 0));
     }
 

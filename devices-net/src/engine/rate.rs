@@ -148,7 +148,8 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Whoever takes as much as is allowed gets the rate, and a burst and one piece more.
+        /// A sender that takes all that is permitted gets the rate, and a burst and one piece
+        /// more.
         #[test]
         fn the_rate_holds(
             rate in 1_000u64..1 << 40,

@@ -261,7 +261,7 @@ impl VolumeStore {
         let path = self.path(&format!("{TEMPORARY}{}", hex(&random::<8>())));
         let _names = self.names_lock()?;
         make(&path)?;
-        // Who creates a volume holds it for a moment longer than the volume has no name.
+        // The process that creates a volume still holds it for a moment after naming it.
         let lock = lock_directory(&path, FlockOperation::LockExclusive)?;
         let lock = lock.ok_or_else(|| io_error("lock", &path)(io::ErrorKind::WouldBlock.into()))?;
         Ok(Held { path, _lock: lock })

@@ -273,7 +273,7 @@ fn name_servers(config: &NetworkConfigV1) -> NameServers {
 fn resolv_conf() -> ResolvConf {
     let mut text = Vec::new();
     if let Ok(file) = File::open(RESOLV_CONF) {
-        // What can be read is better than nothing.
+        // A part of the file is better than nothing.
         let _ = file.take(MAX_RESOLV_CONF).read_to_end(&mut text);
     }
     ResolvConf::parse(&String::from_utf8_lossy(&text))

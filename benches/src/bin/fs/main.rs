@@ -66,7 +66,7 @@ fn options() -> Result<Options> {
 /// A directory of the host, or the same through a server that is mounted anew at each step.
 struct Medium {
     host: PathBuf,
-    /// Where the server is mounted.
+    /// Mount point of the server.
     target: Option<PathBuf>,
 }
 
