@@ -103,20 +103,10 @@ impl Control {
     pub(crate) fn new(syn: &TcpSegment, initial: u32, largest: u16, v6: bool) -> Self {
         let mut control = Self {
             phase: Phase::Connecting,
-            receive_next: 0,
-            receive_edge: 0,
-            send_first: initial,
-            send_next: initial,
-            send_end: initial,
-            window: 0,
-            window_sequence: 0,
-            window_acknowledgment: initial,
-            recover: initial,
+            // Those of the SYN, if it has them.
             mss: 0,
             scale: None,
-            duplicates: 0,
-            guest_ended: false,
-            probe: false,
+            ..Self::opening(initial, largest)
         };
         control.begin(syn, largest, v6);
         control
